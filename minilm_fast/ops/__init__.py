@@ -1,0 +1,27 @@
+"""Operators of minilm_fast (``torch.ops.minilm_fast.*``), one file each; ``reference`` is their specification."""
+
+from minilm_fast.ops._dispatch import backend, forced_backend
+from minilm_fast.ops.attention import attention
+from minilm_fast.ops.beam import ban_repeated_ngrams, beam_step
+from minilm_fast.ops.decode_attention import decode_attention, store_source
+from minilm_fast.ops.layout import SequenceLayout
+from minilm_fast.ops.linear import PackedWeight, linear, lm_head_topk, pack_weight
+from minilm_fast.ops.norm import add_layer_norm, bias_gelu, embed_layer_norm
+
+__all__ = [
+    "PackedWeight",
+    "SequenceLayout",
+    "add_layer_norm",
+    "attention",
+    "backend",
+    "ban_repeated_ngrams",
+    "beam_step",
+    "bias_gelu",
+    "decode_attention",
+    "embed_layer_norm",
+    "forced_backend",
+    "linear",
+    "lm_head_topk",
+    "pack_weight",
+    "store_source",
+]

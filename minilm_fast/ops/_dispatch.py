@@ -1,0 +1,124 @@
+"""Choice of an implementation: which backends there are, why one cannot run, and how to force one.
+
+The torch dispatcher picks the device. On one device there may be several implementations of an operator; the
+first of :data:`PRIORITY` that can run is taken. The reasons why the ones before it could not are kept: they are
+in the error when a backend is forced that cannot run, and in the one warning when a slow path is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_local = threading.local()
+_warned: set[str] = set()
+
+
+def _load_extension() -> str | None:
+    """Imports the extension; returns None if it is there and otherwise the reason why not."""
+    try:
+        from minilm_fast import _C  # noqa: F401
+    except ImportError as error:
+        return f"the compiled extension minilm_fast._C cannot be imported ({error})"
+    return None
+
+
+EXTENSION_ERROR = _load_extension()
+
+
+def _environment_backend() -> str | None:
+    name = os.environ.get("MINILM_FAST_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"MINILM_FAST_BACKEND={name}: must be one of {', '.join(BACKENDS)}")
+    return name
+
+
+_default_backend = _environment_backend()
+
+
+def forced_backend() -> str | None:
+    """The backend forced by :func:`backend` in this thread, else by ``MINILM_FAST_BACKEND``, else None."""
+    return getattr(_local, "backend", None) or _default_backend
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Forces every operator called in the block (in this thread) to one backend; None lifts a forced one.
+
+    Args:
+        name: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or None.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: raised by the operator, when the forced backend cannot run it; the message says why.
+    """
+    global _default_backend
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: must be one of {', '.join(BACKENDS)}")
+    before, default = getattr(_local, "backend", None), _default_backend
+    _local.backend = name
+    if name is None:
+        _default_backend = None
+    try:
+        yield
+    finally:
+        _local.backend, _default_backend = before, default
+
+
+def unusable(name: str, operator: str, device: str, needs_grad: bool = False) -> str | None:
+    """Why a backend cannot run an operator on tensors of a device; None if it can."""
+    if name == "reference":
+        return None
+    if name != "cpu":
+        return f"{operator} has no {name} implementation yet"
+    if device != "cpu":
+        return f"the tensors are on {device}"
+    if EXTENSION_ERROR is not None:
+        return EXTENSION_ERROR
+    if needs_grad:
+        return f"the C++ kernel of {operator} has no backward and a gradient is asked for"
+    return None
+
+
+def select(operator: str, *tensors: torch.Tensor | None) -> str:
+    """Picks the backend that runs ``operator`` on these tensors.
+
+    Raises:
+        RuntimeError: a forced backend cannot run it.
+    """
+    device = next(t.device.type for t in tensors if t is not None)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    forced = forced_backend()
+    if forced is not None:
+        reason = unusable(forced, operator, device, needs_grad)
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reason}")
+        return forced
+    reasons = []
+    for name in PRIORITY.get(device, ("reference",)):
+        reason = unusable(name, operator, device, needs_grad)
+        if reason is None:
+            if name == "reference" and reasons and not needs_grad:
+                _warn_once(operator, device, reasons)
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise AssertionError("the reference runs everywhere")
+
+
+def _warn_once(operator: str, device: str, reasons: list[str]) -> None:
+    key = "extension" if EXTENSION_ERROR is not None and device == "cpu" else f"{operator} on {device}"
+    if key in _warned:
+        return
+    _warned.add(key)
+    what = "all operators run" if key == "extension" else f"{operator} runs"
+    warnings.warn(
+        f"{what} in plain PyTorch, which is slower: {'; '.join(reasons)}", RuntimeWarning, stacklevel=4
+    )

@@ -1,0 +1,33 @@
+"""Schemas of the operators in the namespace ``minilm_fast``.
+
+They are defined here and not in C++, so that the operators exist (with their fakes, and on a CPU with a pure
+PyTorch kernel) where nothing could be compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from minilm_fast.ops._dispatch import EXTENSION_ERROR
+
+LIBRARY = torch.library.Library("minilm_fast", "FRAGMENT")
+
+
+def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines an operator and returns its ``torch.ops`` overload.
+
+    Args:
+        schema: ``name(arguments) -> results``; the extension registers its CPU kernel under the same name.
+        reference: pure PyTorch kernel with the schema's arguments, registered for the CPU where the extension
+            is missing.
+        fake: shape function for meta tensors.
+    """
+    LIBRARY.define(schema)
+    name = schema[: schema.index("(")]
+    if EXTENSION_ERROR is not None:
+        LIBRARY.impl(name, reference, "CPU")
+    torch.library.register_fake(f"minilm_fast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.minilm_fast, name).default

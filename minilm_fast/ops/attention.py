@@ -1,0 +1,92 @@
+"""Multi-head self-attention over packed sequences, the mask given as data.
+
+For head ``h`` and row ``i`` of a sequence, with ``M_i`` the set of columns the row sees (see
+:class:`~minilm_fast.ops.layout.SequenceLayout`)::
+
+    s_ij = scale * <q_i, k_j> + relative_bias[h, clamp(p_j - p_i)]
+    lse_i = log sum_{j in M_i} exp(s_ij)
+    out_i = sum_{j in M_i} exp(s_ij - lse_i) v_j
+"""
+
+from __future__ import annotations
+
+import torch
+
+from minilm_fast.ops import reference
+from minilm_fast.ops._dispatch import select
+from minilm_fast.ops._library import define
+from minilm_fast.ops.layout import SequenceLayout
+
+
+def _reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    segments: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    relative_bias: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = SequenceLayout(cu_seqlens, segments, max_seqlen, q.shape[0])
+    return reference.attention(
+        q, k, v, layout, scale=scale, relative_bias=relative_bias, position_ids=position_ids
+    )
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+_op = define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor segments, SymInt max_seqlen, "
+    "float scale, Tensor? relative_bias, Tensor? position_ids) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SequenceLayout,
+    *,
+    scale: float | None = None,
+    relative_bias: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Self-attention over packed sequences (module docstring; UniLM, arXiv 1905.03197, equations 1-2).
+
+    Args:
+        q, k, v: ``[tokens, heads, head_dim]``, fp32 or bf16, all of one dtype. The last dimension is contiguous;
+            the others may be strided, so views of a fused projection need no copy.
+        layout: lengths and mask of the batch.
+        scale: factor of the scores, ``head_dim ** -0.5`` if None.
+        relative_bias: fp32 ``[heads, 2R + 1]``, added by the distance of the positions, clamped to ``[-R, R]``.
+        position_ids: int32 ``[tokens]``, needed with ``relative_bias``.
+
+    Returns:
+        ``(out, lse)``: ``[tokens, heads, head_dim]`` in the input's dtype, and fp32 ``[heads, tokens]``.
+
+    Raises:
+        ValueError: shapes do not fit the layout, or ``relative_bias`` comes without ``position_ids``.
+    """
+    if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(
+            f"attention: q, k and v must be one shape [tokens, heads, head_dim], got {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.shape[0] != layout.total:
+        raise ValueError(f"attention: q has {q.shape[0]} tokens, the layout {layout.total}")
+    if (relative_bias is None) != (position_ids is None):
+        raise ValueError("attention: relative_bias and position_ids go together")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if select("attention", q, k, v, relative_bias) == "reference":
+        return reference.attention(
+            q, k, v, layout, scale=scale, relative_bias=relative_bias, position_ids=position_ids
+        )
+    return _op(
+        q, k, v, layout.cu_seqlens, layout.segments, layout.max_seqlen, scale, relative_bias, position_ids
+    )

@@ -1,0 +1,93 @@
+"""Packed sequences and the attention mask as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Counts = Sequence[int] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Where each sequence of a packed batch lies and which tokens of it see which.
+
+    Sequence ``i`` is tokens ``cu_seqlens[i]:cu_seqlens[i + 1]``; in it come first the source, then the target,
+    then the pseudo tokens, as many of each as ``segments[i]`` says. Source rows see the source; target row ``j``
+    sees the source and target ``0..j``; pseudo row ``j`` sees the source, target ``0..j-1`` and itself (UniLM v2,
+    section 3.2). A bidirectional sequence is all source, a causal one all target.
+
+    Attributes:
+        cu_seqlens: int32 ``[batch + 1]``, ascending from 0.
+        segments: int32 ``[batch, 3]``: numbers of source, target and pseudo tokens.
+        max_seqlen: length of the longest sequence.
+        total: number of tokens.
+    """
+
+    cu_seqlens: torch.Tensor
+    segments: torch.Tensor
+    max_seqlen: int
+    total: int
+
+    @classmethod
+    def from_counts(
+        cls, source: Counts, target: Counts, pseudo: Counts, device: torch.device | str = "cpu"
+    ) -> SequenceLayout:
+        """Builds a layout from the three counts of each sequence.
+
+        Raises:
+            ValueError: the counts differ in number or one is negative.
+        """
+        columns = [torch.as_tensor(c, dtype=torch.int32).reshape(-1) for c in (source, target, pseudo)]
+        if len({c.numel() for c in columns}) != 1:
+            raise ValueError("source, target and pseudo must have one count per sequence")
+        segments = torch.stack(columns, dim=1)
+        if segments.numel() and int(segments.min()) < 0:
+            raise ValueError("a sequence cannot have a negative number of tokens")
+        lengths = segments.sum(dim=1, dtype=torch.int32)
+        cu_seqlens = torch.zeros(lengths.numel() + 1, dtype=torch.int32)
+        cu_seqlens[1:] = lengths.cumsum(0)
+        longest = int(lengths.max()) if lengths.numel() else 0
+        return cls(cu_seqlens.to(device), segments.to(device), longest, int(cu_seqlens[-1]))
+
+    @classmethod
+    def bidirectional(cls, lengths: Counts, device: torch.device | str = "cpu") -> SequenceLayout:
+        """Every token of a sequence sees every other (BERT)."""
+        return cls.from_counts(lengths, [0] * len(lengths), [0] * len(lengths), device)
+
+    @classmethod
+    def causal(cls, lengths: Counts, device: torch.device | str = "cpu") -> SequenceLayout:
+        """Every token sees itself and those before it."""
+        return cls.from_counts([0] * len(lengths), lengths, [0] * len(lengths), device)
+
+    @classmethod
+    def seq2seq(cls, source: Counts, target: Counts, device: torch.device | str = "cpu") -> SequenceLayout:
+        """UniLM's sequence-to-sequence mask (arXiv 1905.03197, section 2.3)."""
+        return cls.from_counts(source, target, [0] * len(source), device)
+
+    @classmethod
+    def pseudo_masked(
+        cls, source: Counts, target: Counts, device: torch.device | str = "cpu"
+    ) -> SequenceLayout:
+        """Source, target and as many pseudo tokens as target tokens (arXiv 2002.12804, section 3.2)."""
+        return cls.from_counts(source, target, target, device)
+
+    def dense_mask(self) -> torch.Tensor:
+        """The mask as a matrix: bool ``[batch, max_seqlen, max_seqlen]``, True where a row sees a column.
+
+        Rows and columns beyond a sequence's length are False. The specification of the rules above, for tests
+        and the reference; the kernels never build it.
+        """
+        source, target, pseudo = (c.long()[:, None, None] for c in self.segments.unbind(1))
+        index = torch.arange(self.max_seqlen, device=self.segments.device)
+        row, column = index[None, :, None], index[None, None, :]
+        length = source + target + pseudo
+        in_target = (row >= source) & (row < source + target)
+        in_pseudo = (row >= source + target) & (row < length)
+        sees_source = (column < source) & (row < length)
+        sees_target = in_target & (column >= source) & (column <= row)
+        before = in_pseudo & (column >= source) & (column < row - target) & (column < source + target)
+        itself = in_pseudo & (column == row)
+        return sees_source | sees_target | before | itself

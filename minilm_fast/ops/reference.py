@@ -1,0 +1,253 @@
+"""The operators in pure PyTorch: their specification, and the fallback where nothing is compiled.
+
+Written for clarity: they pad, build masks and loop where the kernels do not. They accept fp64 (the yardstick of
+the tests) and, but for the in-place caches, can be differentiated by autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from minilm_fast.ops.layout import SequenceLayout
+
+FORBIDDEN = -10000.0
+
+
+def _accumulate(x: torch.Tensor) -> torch.Tensor:
+    """To the accumulator type: fp64 stays, everything else becomes fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _pad(x: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    """``[tokens, ...]`` to ``[batch, max_seqlen, ...]``, zeros beyond each length."""
+    padded = x.new_zeros(layout.segments.shape[0], layout.max_seqlen, *x.shape[1:])
+    return padded.index_put(_padded_index(layout), x)
+
+
+def _padded_index(layout: SequenceLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = layout.segments.sum(1).long()
+    sequence = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+    token = torch.arange(layout.total, device=lengths.device) - layout.cu_seqlens.long()[sequence]
+    return sequence, token
+
+
+def distance_bias(relative_bias: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Looks up ``relative_bias [H, 2R+1]`` at ``key - query``, clamped: ``[..., queries, keys]`` -> ``[H, ...]``."""
+    limit = relative_bias.shape[1] // 2
+    distance = key[..., None, :].long() - query[..., :, None].long()
+    return relative_bias[:, distance.clamp(-limit, limit) + limit]
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SequenceLayout,
+    *,
+    scale: float,
+    relative_bias: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Specification of :func:`minilm_fast.ops.attention`; same arguments and results."""
+    dtype = q.dtype
+    if layout.total == 0:
+        return torch.zeros_like(q), _accumulate(q.new_zeros(q.shape[1], 0))
+    dense = [_pad(_accumulate(x), layout).transpose(1, 2) for x in (q, k, v)]
+    scores = dense[0] @ dense[1].transpose(-1, -2) * scale
+    if relative_bias is not None and position_ids is not None:
+        positions = _pad(position_ids, layout)
+        scores = scores + distance_bias(relative_bias.to(scores.dtype), positions, positions).transpose(0, 1)
+    scores = scores.masked_fill(~layout.dense_mask()[:, None], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    # A row beyond the length sees nothing; a finite value keeps NaN out of it and out of its gradient.
+    valid = torch.isfinite(lse)[..., None]
+    probabilities = torch.where(valid, scores - torch.where(valid, lse[..., None], 0.0), float("-inf")).exp()
+    sequence, token = _padded_index(layout)
+    out = (probabilities @ dense[2]).transpose(1, 2)[sequence, token]
+    return out.to(dtype), lse.transpose(1, 2)[sequence, token].transpose(0, 1).contiguous()
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    source_k: torch.Tensor,
+    source_v: torch.Tensor,
+    source_lengths: torch.Tensor,
+    history_k: torch.Tensor,
+    history_v: torch.Tensor,
+    ancestry: torch.Tensor,
+    slots: torch.Tensor,
+    steps: torch.Tensor,
+    rows: int,
+    scale: float,
+    relative_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.decode_attention`; same arguments and result."""
+    examples, beams = ancestry.shape[:2]
+    heads, size = q.shape[1:]
+    shape = (examples, beams, rows, heads, size)
+    qs, ks, vs = (x.reshape(shape) for x in (q, k, v))
+    out = torch.empty_like(qs)
+    for e in range(examples):
+        slot, step = int(slots[e]), int(steps[e])
+        length = int(source_lengths[slot])
+        history_k[slot, step] = ks[e, :, 0].to(history_k.dtype)
+        history_v[slot, step] = vs[e, :, 0].to(history_v.dtype)
+        past = torch.arange(step, device=q.device)
+        for b in range(beams):
+            beam = ancestry[e, b, :step].long()
+            own_k, own_v = ks[e, b], vs[e, b]
+            keys = torch.cat(
+                [source_k[slot, :, :, :length].permute(2, 0, 1), history_k[slot, past, beam], own_k]
+            )
+            values = torch.cat(
+                [source_v[slot, :, :length].transpose(0, 1), history_v[slot, past, beam], own_v]
+            )
+            scores = torch.einsum("rhd,khd->hrk", _accumulate(qs[e, b]), _accumulate(keys)) * scale
+            position = torch.arange(length + step + rows, device=q.device)
+            if relative_bias is not None:
+                query = position[length + step :]
+                scores = scores + distance_bias(relative_bias.to(scores.dtype), query, position)
+            hidden = torch.zeros(rows, position.numel(), dtype=torch.bool, device=q.device)
+            hidden[0, length + step + 1 :] = True
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            out[e, b] = torch.einsum("hrk,khd->rhd", weights, _accumulate(values)).to(out.dtype)
+    return out.reshape(q.shape)
+
+
+def store_source(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    source_counts: torch.Tensor,
+    slots: torch.Tensor,
+    source_k: torch.Tensor,
+    source_v: torch.Tensor,
+    source_lengths: torch.Tensor,
+) -> None:
+    """Specification of :func:`minilm_fast.ops.store_source`; same arguments."""
+    for start, count, slot in zip(cu_seqlens.tolist(), source_counts.tolist(), slots.tolist(), strict=False):
+        source_k[slot, :, :, :count] = k[start : start + count].permute(1, 2, 0)
+        source_v[slot, :, :count] = v[start : start + count].transpose(0, 1)
+        source_lengths[slot] = count
+
+
+def _quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 per row: integers in [-127, 127] (as floats) and the scale of each row."""
+    scale = x.abs().amax(dim=1, keepdim=True) / 127.0
+    quantized = torch.round(x / torch.where(scale > 0, scale, 1.0)).clamp(-127, 127)
+    return quantized, scale
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, format: str, activation: str
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.linear`, from the weight ``[N, K]`` before packing."""
+    wide, w = _accumulate(x), weight.to(_accumulate(x).dtype)
+    if format == "int8":
+        (qx, sx), (qw, sw) = _quantize_rows(wide), _quantize_rows(w)
+        # Products of int8 summed over K < 2^38 terms are exact in fp64.
+        y = ((qx.double() @ qw.double().t()).to(wide.dtype) * sx) * sw.t()
+    elif format == "bf16":
+        y = wide.bfloat16().to(wide.dtype) @ w.bfloat16().to(wide.dtype).t()
+    else:
+        y = wide @ w.t()
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return (F.gelu(y) if activation == "gelu" else y).to(x.dtype)
+
+
+def lm_head_topk(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    format: str,
+    k: int,
+    banned: torch.Tensor | None = None,
+    suppress_id: int = -1,
+    suppress: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Specification of :func:`minilm_fast.ops.lm_head_topk`, from the weight ``[V, K]`` before packing."""
+    scores = torch.log_softmax(linear(_accumulate(x), weight, bias, format, "none"), dim=-1)
+    if banned is not None and banned.numel():
+        forbidden = torch.zeros_like(scores[:, :1]).expand(-1, scores.shape[1] + 1).clone()
+        index = torch.where(banned < 0, scores.shape[1], banned).long()
+        forbidden.scatter_(1, index, FORBIDDEN)
+        scores = scores + forbidden[:, :-1]
+    if suppress is not None:
+        scores = scores.clone()
+        scores[suppress, suppress_id] = FORBIDDEN
+    values, ids = torch.topk(scores, k, dim=-1)
+    return values, ids.int()
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.add_layer_norm`; same arguments and result."""
+    wide = _accumulate(x)
+    if residual is not None:
+        wide = wide + _accumulate(residual)
+    normal = F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps)
+    return normal.to(x.dtype)
+
+
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.bias_gelu`; same arguments and result."""
+    wide = _accumulate(x)
+    return F.gelu(wide if bias is None else wide + bias.to(wide.dtype)).to(x.dtype)
+
+
+def embed_layer_norm(
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    types: torch.Tensor | None,
+    word: torch.Tensor,
+    position: torch.Tensor,
+    type: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.embed_layer_norm`; same arguments and result."""
+    x = _accumulate(word[ids.long()]) + _accumulate(position[positions.long()])
+    if type is not None and types is not None:
+        x = x + _accumulate(type[types.long()])
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def ban_repeated_ngrams(
+    tokens: torch.Tensor, lengths: torch.Tensor, n: int, ignored: torch.Tensor
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.ban_repeated_ngrams`; same arguments and result."""
+    banned = torch.full_like(tokens, -1)
+    skip = set(ignored.tolist())
+    for row, length in enumerate(lengths.tolist()):
+        sequence = tokens[row, :length].tolist()
+        tail = sequence if n == 1 else sequence[length - (n - 1) :]
+        if length < n or skip.intersection(tail):
+            continue
+        followers = (
+            sequence[i + n - 1] for i in range(length - n + 1) if n == 1 or sequence[i : i + n - 1] == tail
+        )
+        unique = [f for f in dict.fromkeys(followers) if f not in skip]
+        banned[row, : len(unique)] = torch.tensor(unique, dtype=tokens.dtype, device=tokens.device)
+    return banned
+
+
+def beam_step(
+    candidate_scores: torch.Tensor,
+    candidate_ids: torch.Tensor,
+    scores: torch.Tensor,
+    last_ids: torch.Tensor,
+    eos: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Specification of :func:`minilm_fast.ops.beam_step`; same arguments and results."""
+    width = candidate_scores.shape[2]
+    finished = (last_ids == eos).to(candidate_scores.dtype) * FORBIDDEN
+    total = candidate_scores + (finished + scores)[:, :, None]
+    best, index = torch.topk(total.flatten(1), width, dim=1)
+    ids = candidate_ids.flatten(1).gather(1, index)
+    return best, ids, (index // width).int()
