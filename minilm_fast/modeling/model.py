@@ -1,0 +1,186 @@
+"""A checkpoint, its configuration and its tokenizer, ready to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilm_fast import checkpoint
+from minilm_fast.config import Config
+from minilm_fast.decoding.options import DTYPES, SearchOptions
+from minilm_fast.decoding.result import GenerationResult, Hypothesis
+from minilm_fast.decoding.search import BeamSearch, SpecialIds
+from minilm_fast.errors import UserError
+from minilm_fast.modeling.inference import InferenceEngine
+from minilm_fast.modeling.seq2seq import Seq2SeqModel
+from minilm_fast.ops import forced_backend
+from minilm_fast.tokenization import Tokenizer
+
+Source = str | Sequence[str]
+
+
+class Model:
+    """A BERT-family model with its tokenizer.
+
+    Attributes:
+        config: shape of the model.
+        state: fp32 weights by canonical name (``docs/architecture.md``).
+        tokenizer: the tokenizer, or None if the checkpoint came without one.
+    """
+
+    def __init__(self, config: Config, state: dict[str, torch.Tensor], tokenizer: Tokenizer | None = None) -> None:
+        self.config = config
+        self.state = state
+        self.tokenizer = tokenizer
+        self._engines: dict[tuple[str, str | None], InferenceEngine] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        config_name: str | None = None,
+        tokenizer_name: str | None = None,
+        model_type: str | None = None,
+        do_lower_case: bool | None = None,
+        cache_dir: str | None = None,
+    ) -> Model:
+        """Loads a model.
+
+        Args:
+            name_or_path: a folder, a hub id, or a weights file (then with ``config_name``).
+            config_name: configuration, if it is not beside the weights.
+            tokenizer_name: vocabulary file, folder or hub id, if it is not beside the weights.
+            model_type: ``bert``, ``minilm``, ``unilm``, ``roberta``, ``xlm-roberta`` or ``electra``; by default what
+                the configuration says.
+            do_lower_case: for WordPiece vocabularies; by default what the checkpoint records, else False.
+            cache_dir: where downloads from the hub are kept.
+
+        Raises:
+            UserError: something is missing, cut off, or does not fit together.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: Config, tokenizer: Tokenizer | None = None, seed: int = 0) -> Model:
+        """A model with random weights, the same for the same seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = Seq2SeqModel(config)
+        return cls(config, {name: tensor.detach() for name, tensor in network.state_dict().items()}, tokenizer)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model to a folder that plain transformers loads; each file whole or not at all.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        checkpoint.save(folder, self.config, self.state, self.tokenizer)
+
+    def engine(self, dtype: str = "fp32") -> InferenceEngine:
+        """The weights packed for decoding, made at the first call for each dtype.
+
+        Args:
+            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+
+        Raises:
+            UserError: unknown dtype, or a weight that decoding needs is missing.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        key = (dtype, forced_backend())
+        if key not in self._engines:
+            self._engines[key] = InferenceEngine(self.config, self.state, dtype)
+        return self._engines[key]
+
+    def generate(self, inputs: Sequence[Source], *, dtype: str = "fp32", **options: Any) -> list[GenerationResult]:
+        """Decodes sources; results in input order. Arguments and errors as for :meth:`generate_stream`."""
+        found = dict(self.generate_stream(inputs, dtype=dtype, **options))
+        return [found[i] for i in range(len(inputs))]
+
+    def generate_stream(
+        self, inputs: Sequence[Source], *, dtype: str = "fp32", **options: Any
+    ) -> Iterator[tuple[int, GenerationResult]]:
+        """Decodes sources and yields ``(index, result)`` as each finishes.
+
+        Args:
+            inputs: texts, or lists of tokens (tokens unknown to the vocabulary are read as ``[UNK]``).
+            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` weights of the linear layers.
+            **options: fields of :class:`~minilm_fast.decoding.options.SearchOptions`.
+
+        Raises:
+            UserError: an option is out of range, the model has no tokenizer or no prediction head, or source and
+                target together are longer than its table of positions.
+        """
+        search_options = SearchOptions(**options)
+        tokenizer = self._checked_tokenizer(search_options)
+        prepared = [_Prepared(tokenizer, source, search_options) for source in inputs]
+        self._check_positions(prepared, search_options)
+        special = SpecialIds(tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id)
+        search = BeamSearch(
+            self.engine(dtype), search_options, special, ignored_ids(tokenizer, search_options.forbid_ignore_word)
+        )
+        for index, hypothesis in search.run([p.ids for p in prepared]):
+            yield index, _result(tokenizer, prepared[index], hypothesis)
+
+    def _checked_tokenizer(self, options: SearchOptions) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("the model has no tokenizer: give --tokenizer_name")
+        if options.beam_size > self.config.vocab_size:
+            raise UserError(
+                f"--beam_size {options.beam_size} is larger than the vocabulary of {self.config.vocab_size} tokens"
+            )
+        return self.tokenizer
+
+    def _check_positions(self, prepared: Sequence[_Prepared], options: SearchOptions) -> None:
+        longest = max((len(p.ids) for p in prepared), default=0)
+        needed, table = longest + options.max_tgt_length, self.config.max_position_embeddings
+        if needed > table:
+            raise UserError(
+                f"a source of {longest} tokens and --max_tgt_length {options.max_tgt_length} need {needed} positions, "
+                f"the model has {table}: lower --max_seq_length"
+            )
+
+
+class _Prepared:
+    """A source as the model reads it."""
+
+    def __init__(self, tokenizer: Tokenizer, source: Source, options: SearchOptions) -> None:
+        tokens = tokenizer.tokenize(source) if isinstance(source, str) else list(source)
+        limit = options.max_source_length
+        body = tokenizer.convert_tokens_to_ids(tokens[:limit])
+        self.truncated = max(0, len(tokens) - limit)
+        self.unknown = body.count(tokenizer.unk_id)
+        self.ids = [tokenizer.cls_id, *body] if options.pos_shift else [tokenizer.cls_id, *body, tokenizer.sep_id]
+
+
+def ignored_ids(tokenizer: Tokenizer, words: str | None) -> list[int]:
+    """Ids of the words that n-gram blocking overlooks.
+
+    Args:
+        words: separated by ``|``; one in brackets is upper-cased (``[x_sep]``); each is one entry of the vocabulary,
+            an unknown one stands for ``[UNK]``, as in the original.
+    """
+    if words is None:
+        return []
+    split = [w.upper() if w.startswith("[") and w.endswith("]") else w for w in words.split("|")]
+    return sorted(set(tokenizer.convert_tokens_to_ids(split)))
+
+
+def _result(tokenizer: Tokenizer, prepared: _Prepared, hypothesis: Hypothesis) -> GenerationResult:
+    end = {tokenizer.sep_id, tokenizer.pad_id}
+    body = next((hypothesis.ids[:i] for i, token in enumerate(hypothesis.ids) if token in end), hypothesis.ids)
+    tokens = tokenizer.convert_ids_to_tokens(body)
+    return GenerationResult(
+        text=tokenizer.detokenize(tokens),
+        tokens=tokens,
+        ids=hypothesis.ids,
+        score=hypothesis.score,
+        source_length=len(prepared.ids),
+        truncated=prepared.truncated,
+        unknown=prepared.unknown,
+        trace=hypothesis.trace,
+    )
