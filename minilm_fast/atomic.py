@@ -25,7 +25,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     target = Path(path)
     name = temporary_name(target)
     try:
-        stream = open(name, "xb")
+        stream = open(name, "xb")  # noqa: SIM115 - closed in the block that can remove it
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror}") from None
     try:

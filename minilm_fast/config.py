@@ -130,9 +130,7 @@ class Config:
             if key not in fields:
                 raise UserError(f"{source}: {key} is missing")
         if rest.get("position_embedding_type", "absolute") != "absolute":
-            raise UserError(
-                f"{source}: position_embedding_type {rest['position_embedding_type']!r} is not supported"
-            )
+            raise UserError(f"{source}: position_embedding_type {rest['position_embedding_type']!r} is not supported")
         _check_types(fields, source)
         _to_canonical(fields, section)
         own = {key: value for key, value in section.items() if key not in ("model_type", "no_token_types")}
