@@ -1,0 +1,9 @@
+#include "attention_kernel.h"
+
+namespace minilm_fast {
+
+void attention_default(const AttentionProblem& problem, const AttentionTask& task, float* scratch) {
+  attention_kernel(problem, task, scratch);
+}
+
+}  // namespace minilm_fast

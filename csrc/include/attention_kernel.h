@@ -1,0 +1,132 @@
+#pragma once
+
+// The kernel behind attention_<isa>, compiled once for each instruction set.
+
+#include "attention.h"
+#include "attention_tile.h"
+#include "relative_bias.h"
+
+namespace minilm_fast {
+namespace {
+
+template <class T>
+class AttentionHead {
+ public:
+  AttentionHead(const AttentionProblem& problem, const AttentionTask& task, float* scratch)
+      : p_(problem),
+        t_(task),
+        length_(task.source + task.target + task.pseudo),
+        width_(round_up(problem.size, kLanes)),
+        key_stride_(round_up(length_, kLanes) + kLanes),
+        keys_(scratch),
+        values_(keys_ + problem.size * key_stride_),
+        bias_(values_ + length_ * width_) {}
+
+  void run(QueryTile& tile) {
+    const int64_t keys = visible_keys(t_.row_begin, t_.row_end);
+    write_transposed([&](int64_t j) { return key(j); }, keys, p_.size, keys_, key_stride_);
+    for (int64_t j = 0; j < keys; ++j)
+      for (int64_t d = 0; d < width_; d += kLanes)
+        store(values_ + j * width_ + d, load_first(value(j) + d, p_.size - d));
+    if (p_.relative_bias == nullptr) return run_rows(tile, nullptr);
+    const DistanceBias bias(p_.relative_bias + t_.head * (2 * p_.distance_limit + 1), p_.distance_limit, bias_);
+    run_rows(tile, &bias);
+  }
+
+ private:
+  const T* query(int64_t row) const {
+    return static_cast<const T*>(p_.q) + (t_.first + row) * p_.q_token + t_.head * p_.q_head;
+  }
+  const T* key(int64_t row) const {
+    return static_cast<const T*>(p_.k) + (t_.first + row) * p_.k_token + t_.head * p_.k_head;
+  }
+  const T* value(int64_t row) const {
+    return static_cast<const T*>(p_.v) + (t_.first + row) * p_.v_token + t_.head * p_.v_head;
+  }
+  bool is_pseudo(int64_t row) const { return row >= t_.source + t_.target; }
+
+  // How many keys, counted from the first, a row sees; a pseudo row also sees itself.
+  int64_t prefix(int64_t row) const {
+    if (row < t_.source) return t_.source;
+    if (!is_pseudo(row)) return row + 1;
+    const int64_t before = row - t_.target, all = t_.source + t_.target;
+    return before < all ? before : all;
+  }
+
+  // The largest prefix among rows [begin, end).
+  int64_t visible_keys(int64_t begin, int64_t end) const {
+    int64_t most = prefix(begin);
+    for (int64_t row = begin + 1; row < end; ++row)
+      if (prefix(row) > most) most = prefix(row);
+    return most;
+  }
+
+  void run_rows(QueryTile& tile, const DistanceBias* bias) {
+    for (int64_t row = t_.row_begin; row < t_.row_end; row += kTileRows) {
+      const int64_t left = t_.row_end - row;
+      const int rows = static_cast<int>(left < kTileRows ? left : kTileRows);
+      with_rows(rows, [&](auto constant) { run_tile<decltype(constant)::value>(tile, row, rows, bias); });
+    }
+  }
+
+  template <int Rows>
+  void run_tile(QueryTile& tile, int64_t row, int rows, const DistanceBias* bias) {
+    reset(tile, Rows, p_.size);
+    for (int r = 0; r < rows; ++r) {
+      set_query(tile, r, query(row + r), p_.size, p_.scale);
+      if (is_pseudo(row + r)) see_itself(tile, r, row + r, bias);
+    }
+    clear_queries(tile, rows, Rows, p_.size);
+    const int64_t keys = visible_keys(row, row + rows);
+    for (int64_t first = 0; first < keys; first += kKeyBlock) {
+      const int64_t count = keys - first < kKeyBlock ? keys - first : kKeyBlock;
+      const KeyBlock<float> block{keys_ + first, key_stride_, values_ + first * width_, width_, count};
+      compute_scores<Rows>(tile, block, p_.size);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t left = prefix(row + r) - first;
+        const int64_t visible = left < count ? left : count;
+        if (bias != nullptr) add_bias(tile, r, row + r, first, visible, *bias);
+        softmax_row(tile, r, visible, count, p_.size);
+      }
+      add_values<Rows>(tile, block, p_.size);
+    }
+    for (int r = 0; r < rows; ++r) {
+      const int64_t token = t_.first + row + r;
+      write_row(tile, r, p_.size, static_cast<T*>(p_.out) + (token * p_.heads + t_.head) * p_.size);
+      p_.lse[t_.head * p_.tokens + token] = log_sum_exp(tile, r);
+    }
+  }
+
+  // Starts a pseudo row with its own key.
+  void see_itself(QueryTile& tile, int r, int64_t row, const DistanceBias* bias) {
+    float score = 0.0f;
+    for (int64_t d = 0; d < p_.size; ++d) score += tile.query[d * kTileRows + r] * to_float(key(row)[d]);
+    tile.maximum[r] = bias == nullptr ? score : score + bias->at(0);
+    tile.total[r] = 1.0f;
+    for (int64_t d = 0; d < p_.size; ++d) tile.out[r * width_ + d] = to_float(value(row)[d]);
+  }
+
+  void add_bias(QueryTile& tile, int r, int64_t row, int64_t first, int64_t visible, const DistanceBias& bias) {
+    float* scores = tile.scores + r * kScoreStride;
+    const int32_t* positions = p_.positions + t_.first;
+    for (int64_t j = 0; j < visible; j += kLanes)
+      store(scores + j,
+            load(scores + j) + bias.between(positions[row], positions + first + j, visible - j));
+  }
+
+  const AttentionProblem& p_;
+  const AttentionTask& t_;
+  int64_t length_, width_, key_stride_;
+  float *keys_, *values_, *bias_;
+};
+
+inline void attention_kernel(const AttentionProblem& problem, const AttentionTask& task, float* scratch) {
+  QueryTile tile;
+  if (problem.bf16)
+    AttentionHead<Bf16>(problem, task, scratch).run(tile);
+  else
+    AttentionHead<float>(problem, task, scratch).run(tile);
+}
+
+}  // namespace
+}  // namespace minilm_fast
