@@ -1,0 +1,171 @@
+"""Reading, masking and batching of training data."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilm_fast.data.batching import LengthGroupedBatches, collate, sequential_batch
+from minilm_fast.data.examples import Example, read_examples
+from minilm_fast.data.pseudo_masking import (
+    Feature,
+    Masking,
+    PseudoMasker,
+    Sample,
+    SpecialIds,
+    framed_lengths,
+)
+from minilm_fast.errors import UserError
+
+GOLDENS = Path(__file__).parent / "goldens" / "train"
+
+
+def _golden(name: str) -> dict:
+    return json.loads((GOLDENS / name).read_text())
+
+
+def _write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_reads_texts_tokens_and_blank_lines(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path / "a.jsonl",
+        '{"src": "a b", "tgt": "c", "id": 1}',
+        "",
+        '{"src": [], "tgt": ["x", "##y"]}',
+        '{"src": "line\\u2028separator", "tgt": "kept\u2028whole"}',
+    )
+    assert list(read_examples(path)) == [
+        Example("a b", "c"),
+        Example([], ["x", "##y"]),
+        Example("line\u2028separator", "kept\u2028whole"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"src": "a", "tgt": ', "broken JSON"),
+        ('{"tgt": "a"}', "no 'src'"),
+        ('{"src": "a"}', "no 'tgt'"),
+        ('["a", "b"]', "not a JSON object"),
+        ('{"src": 3, "tgt": "a"}', "'src' is neither"),
+        ('{"src": ["a", 1], "tgt": ["a"]}', "'src' is neither"),
+        ('{"src": ["a"], "tgt": "a"}', "both"),
+        ('{"src": "a", "tgt": "  "}', "'tgt' is empty"),
+        ('{"src": ["a"], "tgt": []}', "'tgt' is empty"),
+    ],
+)
+def test_wrong_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:
+    path = _write(tmp_path / "a.jsonl", '{"src": "a", "tgt": "b"}', "", line)
+    with pytest.raises(UserError, match=message) as caught:
+        list(read_examples(path))
+    assert str(caught.value).startswith(f"{path}:3: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n"])
+def test_file_without_examples(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="holds no examples"):
+        list(read_examples(path))
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        list(read_examples(tmp_path / "none.jsonl"))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(read_examples(tmp_path / "binary"))
+
+
+def _masker(arguments: dict, seed: int) -> PseudoMasker:
+    special = SpecialIds(arguments["cls_id"], arguments["sep_id"], arguments["mask_id"], arguments["vocab_size"])
+    masking = Masking(
+        arguments["random_prob"],
+        arguments["keep_prob"],
+        arguments["source_mask_prob"],
+        arguments["target_mask_prob"],
+    )
+    rng = random.Random(seed)
+    return PseudoMasker(special, masking, arguments["max_source_len"], arguments["max_target_len"], rng)
+
+
+def _padded(ids: list[int], length: int) -> list[int]:
+    return ids + [0] * (length - len(ids))
+
+
+@pytest.mark.parametrize("case", _golden("dataset.json")["datasets"], ids=lambda c: str(c["python_random_seed"]))
+def test_samples_follow_the_original_draw_for_draw(case: dict) -> None:
+    features = [Feature(**feature) for feature in _golden("dataset.json")["features"]]
+    arguments = case["args"]
+    masker = _masker(arguments, case["python_random_seed"])
+    source_length, target_length = arguments["max_source_len"], arguments["max_target_len"]
+    assert len(case["items_in_order"]) >= 5
+    for i, expected in enumerate(case["items_in_order"]):
+        feature = features[(arguments["offset"] + i) % len(features)]
+        sample = masker(feature)
+        found = [
+            _padded(sample.source, source_length),
+            _padded(sample.target, target_length),
+            _padded(sample.labels, target_length),
+            _padded(sample.pseudo, target_length),
+            len(sample.source),
+            len(sample.labels),
+        ]
+        assert found == expected
+        assert framed_lengths(feature, source_length, target_length) == tuple(expected[-2:])
+        assert sample.length == expected[-2] + 2 * expected[-1]
+
+
+def test_shuffle_follows_the_original() -> None:
+    for case in _golden("dataset.json")["shuffle"]:
+        rng = random.Random(case["python_random_seed"])
+        order = list(range(len(case["order_of_example_ids"])))
+        rng.shuffle(order)
+        assert order == case["order_of_example_ids"]
+        assert rng.random() == pytest.approx(case["random_after"], abs=1e-12)
+
+
+def test_collate_lays_out_source_target_pseudo() -> None:
+    long = Sample([2, 9, 8, 3], [7, 4, 3], [4, 4, 4], [7, 6, 3])
+    short = Sample([2, 3], [5], [4], [3])
+    batch = collate([long, short], pad_id=1)
+    assert batch.input_ids.tolist() == [[2, 9, 8, 3, 7, 4, 3, 4, 4, 4], [2, 3, 5, 4, 1, 1, 1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6], [0, 1, 2, 2, 0, 0, 0, 0, 0, 0]]
+    assert batch.segments.tolist() == [[4, 3, 3], [2, 1, 1]]
+    assert batch.predicted.tolist() == [[7, 8, 9], [3, 0, 0]]
+    assert batch.labels.tolist() == [[7, 6, 3], [3, 0, 0]]
+    assert batch.weights.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.weights.dtype == torch.float32
+    assert batch.tokens == 14
+
+
+def test_sequential_batches_go_round() -> None:
+    assert [sequential_batch(n, 3, 5) for n in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
+
+
+def test_grouped_batches_cover_an_epoch_once_with_little_padding() -> None:
+    rng = random.Random(3)
+    lengths = [rng.randint(10, 400) for _ in range(1000)]
+    batches = LengthGroupedBatches(lengths, 8, seed=1)
+    epoch = [batches[n] for n in range(125)]
+    assert sorted(i for batch in epoch for i in batch) == list(range(1000))
+    assert [batches[n] for n in range(125, 250)] != epoch
+    assert [LengthGroupedBatches(lengths, 8, seed=1)[n] for n in (200, 3)] == [batches[200], batches[3]]
+    assert LengthGroupedBatches(lengths, 8, seed=2)[0] != epoch[0]
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in epoch)
+    assert padded < 1.03 * sum(lengths)
+    first_lengths = [lengths[batch[0]] for batch in epoch]
+    assert first_lengths != sorted(first_lengths)
+
+
+def test_grouped_batches_of_fewer_examples_than_a_batch() -> None:
+    batches = LengthGroupedBatches([5, 3, 4], 8, seed=0)
+    assert sorted(batches[0]) == sorted(batches[7]) == [0, 1, 2]
