@@ -62,7 +62,23 @@ class Model:
         Raises:
             UserError: something is missing, cut off, or does not fit together.
         """
-        raise NotImplementedError
+        found = checkpoint.resolve(
+            name_or_path, config_name=config_name, tokenizer_name=tokenizer_name, cache_dir=cache_dir
+        )
+        loaded = checkpoint.load(found.weights, config=found.config, model_type=model_type)
+        tokenizer = None
+        if found.tokenizer is not None:
+            record = loaded.tokenizer_record
+            if do_lower_case is None and record is not None:
+                do_lower_case = record.get("do_lower_case")
+            tokenizer = Tokenizer.from_pretrained(
+                found.tokenizer,
+                model_type=model_type or loaded.config.model_type,
+                do_lower_case=do_lower_case,
+                cache_dir=cache_dir,
+            )
+            checkpoint.check_tokenizer(loaded.config, record, tokenizer)
+        return cls(loaded.config, loaded.state, tokenizer)
 
     @classmethod
     def from_config(cls, config: Config, tokenizer: Tokenizer | None = None, seed: int = 0) -> Model:
@@ -117,7 +133,7 @@ class Model:
         """
         search_options = SearchOptions(**options)
         tokenizer = self._checked_tokenizer(search_options)
-        prepared = [_Prepared(tokenizer, source, search_options) for source in inputs]
+        prepared = [PreparedSource(tokenizer, source, search_options) for source in inputs]
         self._check_positions(prepared, search_options)
         special = SpecialIds(tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id)
         search = BeamSearch(
@@ -135,7 +151,7 @@ class Model:
             )
         return self.tokenizer
 
-    def _check_positions(self, prepared: Sequence[_Prepared], options: SearchOptions) -> None:
+    def _check_positions(self, prepared: Sequence[PreparedSource], options: SearchOptions) -> None:
         longest = max((len(p.ids) for p in prepared), default=0)
         needed, table = longest + options.max_tgt_length, self.config.max_position_embeddings
         if needed > table:
@@ -145,7 +161,7 @@ class Model:
             )
 
 
-class _Prepared:
+class PreparedSource:
     """A source as the model reads it."""
 
     def __init__(self, tokenizer: Tokenizer, source: Source, options: SearchOptions) -> None:
@@ -170,7 +186,7 @@ def ignored_ids(tokenizer: Tokenizer, words: str | None) -> list[int]:
     return sorted(set(tokenizer.convert_tokens_to_ids(split)))
 
 
-def _result(tokenizer: Tokenizer, prepared: _Prepared, hypothesis: Hypothesis) -> GenerationResult:
+def _result(tokenizer: Tokenizer, prepared: PreparedSource, hypothesis: Hypothesis) -> GenerationResult:
     end = {tokenizer.sep_id, tokenizer.pad_id}
     body = next((hypothesis.ids[:i] for i, token in enumerate(hypothesis.ids) if token in end), hypothesis.ids)
     tokens = tokenizer.convert_ids_to_tokens(body)

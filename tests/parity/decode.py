@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from minilm_fast import ops
 from minilm_fast.config import Config
 from minilm_fast.decoding.options import SearchOptions
-from minilm_fast.modeling.model import Model, _Prepared, ignored_ids
+from minilm_fast.modeling.model import Model, PreparedSource, ignored_ids
 from minilm_fast.ops import SequenceLayout
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
@@ -42,10 +42,9 @@ class Outcome:
 def load_model(name: str, config_file: str = "config.json") -> Model:
     """The golden model ``tiny`` or ``tiny_relpos``, optionally under another configuration."""
     folder = GOLDENS / name
-    model = Model.from_pretrained(
+    return Model.from_pretrained(
         folder, config_name=str(folder / config_file), tokenizer_name=str(folder / "vocab.txt"), do_lower_case=True
     )
-    return model
 
 
 def sources() -> list[str | list[str]]:
@@ -153,7 +152,7 @@ def _first_log_probabilities(model: Model, source: str | Sequence[str], options:
     tokenizer = model.tokenizer
     assert tokenizer is not None
     engine = model.engine()
-    ids = _Prepared(tokenizer, source, options).ids
+    ids = PreparedSource(tokenizer, source, options).ids
     cache = engine.new_cache(slots=1, beams=1, source_capacity=len(ids), steps=2)
     query = tokenizer.sep_id if options.pos_shift else tokenizer.mask_id
     slots = torch.zeros(1, dtype=torch.int32)
@@ -191,7 +190,7 @@ def compare_preprocess() -> Outcome:
     for number, case in enumerate(cases):
         target = case["max_tgt_length"]
         options = SearchOptions(max_seq_length=64, max_tgt_length=target, pos_shift=case["pos_shift"], mode=case["mode"])
-        ids = _Prepared(tokenizer, case["tokens"], options).ids
+        ids = PreparedSource(tokenizer, case["tokens"], options).ids
         source, width = len(ids), len(case["input_ids"])
         real = [*range(source), *range(width, width + target)][: source + len(case["position_ids"]) - width]
         config = Config(
