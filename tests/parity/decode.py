@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,7 @@ from minilm_fast.config import Config
 from minilm_fast.decoding.options import SearchOptions
 from minilm_fast.modeling.model import Model, PreparedSource, ignored_ids
 from minilm_fast.ops import SequenceLayout
-
-GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
-TOLERANCE = 1e-4
-
-
-@dataclass
-class Outcome:
-    """Comparisons made and those that failed."""
-
-    passed: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    def check(self, good: bool, what: str) -> None:
-        if good:
-            self.passed += 1
-        else:
-            self.failures.append(what)
-
-    @property
-    def total(self) -> int:
-        return self.passed + len(self.failures)
+from tests.parity.outcome import GOLDENS, TOLERANCE, Outcome
 
 
 def load_model(name: str, config_file: str = "config.json") -> Model:
@@ -139,7 +118,9 @@ def compare_first_step(cache: dict[tuple[str, str], Model]) -> Outcome:
     for name, golden in expected.items():
         pos_shift = name.endswith("posshift") or name.endswith("pos_shift")
         key = ("tiny_relpos" if "relpos" in name else "tiny", "config.json")
-        model = cache.setdefault(key, load_model(*key)) if key not in cache else cache[key]
+        if key not in cache:
+            cache[key] = load_model(*key)
+        model = cache[key]
         options = SearchOptions(max_seq_length=64, max_tgt_length=24, pos_shift=pos_shift)
         for index, source in enumerate(sources()):
             scores = _first_log_probabilities(model, source, options)
@@ -189,7 +170,9 @@ def compare_preprocess() -> Outcome:
     cases = json.loads((GOLDENS / "decode_preprocess.json").read_text(encoding="utf8"))
     for number, case in enumerate(cases):
         target = case["max_tgt_length"]
-        options = SearchOptions(max_seq_length=64, max_tgt_length=target, pos_shift=case["pos_shift"], mode=case["mode"])
+        options = SearchOptions(
+            max_seq_length=64, max_tgt_length=target, pos_shift=case["pos_shift"], mode=case["mode"]
+        )
         ids = PreparedSource(tokenizer, case["tokens"], options).ids
         source, width = len(ids), len(case["input_ids"])
         real = [*range(source), *range(width, width + target)][: source + len(case["position_ids"]) - width]
@@ -207,14 +190,14 @@ def compare_preprocess() -> Outcome:
         types = [config.source_type_id] * source + [config.target_type_id] * targets
         outcome.check(case["input_ids"][:source] == ids, f"preprocess {number}: ids {ids}")
         outcome.check(not any(case["input_ids"][source:]), f"preprocess {number}: padding")
-        outcome.check([case["position_ids"][i] for i in real] == list(range(len(real))), f"preprocess {number}: positions")
+        outcome.check(
+            [case["position_ids"][i] for i in real] == list(range(len(real))), f"preprocess {number}: positions"
+        )
         outcome.check([case["segment_ids"][i] for i in real] == types, f"preprocess {number}: token types")
         rows = case["input_mask"].split("|")
         golden = torch.tensor([[int(rows[i][j]) for j in real] for i in real], dtype=torch.bool)
         layout = (
-            SequenceLayout.causal([len(real)])
-            if case["mode"] == "l2r"
-            else SequenceLayout.seq2seq([source], [targets])
+            SequenceLayout.causal([len(real)]) if case["mode"] == "l2r" else SequenceLayout.seq2seq([source], [targets])
         )
         outcome.check(bool((golden == layout.dense_mask()[0]).all()), f"preprocess {number}: mask")
     return outcome
