@@ -198,7 +198,7 @@ def _adapt_roberta(weights: Path, config: Config, found: CanonicalState, fold_to
             warnings.warn(
                 f"{weights}: the token-type row of this RoBERTa checkpoint is not zero and is dropped, as the "
                 f"original does; load it with fold_token_types=True to get what transformers computes",
-                stacklevel=4,
+                stacklevel=3,
             )
     found.tensors[layouts.POSITION_EMBEDDINGS] = usable
 
@@ -212,7 +212,7 @@ def _adapt_positions(weights: Path, config: Config, found: CanonicalState, *, wa
         warnings.warn(
             f"{weights}: {table.shape[0]} positions are repeated cyclically to give the {wanted} that the "
             f"configuration asks for",
-            stacklevel=4,
+            stacklevel=3,
         )
     found.tensors[layouts.POSITION_EMBEDDINGS] = layouts.tile_positions(table, wanted)
 

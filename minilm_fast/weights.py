@@ -37,7 +37,7 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
         if (base / name).is_file():
             return base / name
     if not base.is_dir():
-        raise UserError(f"{base}: no such folder")
+        raise UserError(f"{base}: no such file or folder")
     foreign = [name for name in _FOREIGN_FILES if (base / name).exists()]
     hint = f"; {foreign[0]} is of a kind that is not read" if foreign else ""
     raise UserError(f"{base}: no weights in this folder (looked for {', '.join(WEIGHT_FILES)}{hint})")
