@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "minilm_fast"
 LAYERS = [
     {"errors", "_version", "atomic", "safe_pickle"},
-    {"config", "layouts", "weights", "hub", "checkpoint", "tokenization"},
+    {
+        "config",
+        "layouts",
+        "weights",
+        "hub",
+        "checkpoint",
+        "wordpiece",
+        "subword",
+        "tokenization",
+        "tokenizer_record",
+    },
     {"ops", "kernels", "_C"},
     {"data", "modeling"},
     {"training", "decoding", "distillation", "metrics"},
