@@ -80,7 +80,7 @@ class AttentionHead {
     const int64_t keys = visible_keys(row, row + rows);
     for (int64_t first = 0; first < keys; first += kKeyBlock) {
       const int64_t count = keys - first < kKeyBlock ? keys - first : kKeyBlock;
-      const KeyBlock<float> block{keys_ + first, key_stride_, values_ + first * width_, width_, count};
+      const KeyBlock<float, float> block{keys_ + first, key_stride_, values_ + first * width_, width_, count};
       compute_scores<Rows>(tile, block, p_.size);
       for (int r = 0; r < rows; ++r) {
         const int64_t left = prefix(row + r) - first;

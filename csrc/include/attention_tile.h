@@ -29,14 +29,15 @@ struct QueryTile {
   float total[kTileRows];
 };
 
-// A block of keys as the tile needs it.
-template <class T>
+// A block of keys as the tile needs it: at most kKeyBlock of them. Whole vectors are read, of the keys up to
+// round_up(count, kLanes), of each value up to round_up(D, kLanes); what the extra lanes hold does not matter.
+template <class Key, class Value>
 struct KeyBlock {
-  const T* keys;    // [D, key_stride], dimension-major; whole vectors can be read up to round_up(count, kLanes)
+  const Key* keys;  // [D, key_stride], dimension-major
   int64_t key_stride;
-  const T* values;  // [count, value_stride], whole vectors can be read up to round_up(D, kLanes) of each
+  const Value* values;  // [count, value_stride]
   int64_t value_stride;
-  int64_t count;    // at most kKeyBlock
+  int64_t count;
 };
 
 inline void reset(QueryTile& tile, int rows, int64_t size) {
@@ -73,20 +74,20 @@ inline void score_columns(QueryTile& tile, const T* keys, int64_t stride, int64_
     for (int c = 0; c < Cols; ++c) store(tile.scores + r * kScoreStride + column + c * kLanes, sums[r][c]);
 }
 
-template <int Rows, class T>
-inline void compute_scores(QueryTile& tile, const KeyBlock<T>& block, int64_t size) {
+template <int Rows, class Block>
+inline void compute_scores(QueryTile& tile, const Block& block, int64_t size) {
   int64_t column = 0;
   for (; column + kLanes < block.count; column += 2 * kLanes)
     score_columns<Rows, 2>(tile, block.keys + column, block.key_stride, size, column);
   if (column < block.count) score_columns<Rows, 1>(tile, block.keys + column, block.key_stride, size, column);
 }
 
-template <int Rows, int Cols, class T>
-inline void add_value_columns(QueryTile& tile, const KeyBlock<T>& block, int64_t width, int64_t column) {
+template <int Rows, int Cols, class Block>
+inline void add_value_columns(QueryTile& tile, const Block& block, int64_t width, int64_t column) {
   Vec sums[Rows][Cols];
   for (int r = 0; r < Rows; ++r)
     for (int c = 0; c < Cols; ++c) sums[r][c] = load(tile.out + r * width + column + c * kLanes);
-  const T* values = block.values + column;
+  auto* values = block.values + column;
   const float* probability = tile.scores;
   for (int64_t j = 0; j < block.count; ++j, values += block.value_stride, ++probability) {
     Vec value[Cols];
@@ -98,8 +99,8 @@ inline void add_value_columns(QueryTile& tile, const KeyBlock<T>& block, int64_t
     for (int c = 0; c < Cols; ++c) store(tile.out + r * width + column + c * kLanes, sums[r][c]);
 }
 
-template <int Rows, class T>
-inline void add_values(QueryTile& tile, const KeyBlock<T>& block, int64_t size) {
+template <int Rows, class Block>
+inline void add_values(QueryTile& tile, const Block& block, int64_t size) {
   const int64_t width = round_up(size, kLanes);
   int64_t column = 0;
   for (; column + kLanes < width; column += 2 * kLanes)
@@ -107,43 +108,44 @@ inline void add_values(QueryTile& tile, const KeyBlock<T>& block, int64_t size) 
   if (column < width) add_value_columns<Rows, 1>(tile, block, width, column);
 }
 
+// 2^x, but zero where x is so small that it must come from a hidden key.
+inline Vec exp2_or_zero(Vec x) { return x < splat(-1e30f) ? Vec{} : exp2(x); }
+
 // Scores of one row to probabilities relative to the running maximum, whose total and output are brought to the
-// new maximum. The row sees the first `visible` of the block's `count` keys.
+// new maximum. The row sees the first `visible` of the block's `count` keys, and of those only the ones whose
+// score is not -infinity.
 inline void softmax_row(QueryTile& tile, int row, int64_t visible, int64_t count, int64_t size) {
   float* scores = tile.scores + row * kScoreStride;
   const int64_t end = round_up(count, kLanes);
-  if (visible <= 0) {
-    std::memset(scores, 0, sizeof(float) * end);
-    return;
-  }
-  const int64_t whole = visible / kLanes * kLanes;
+  const int64_t whole = visible <= 0 ? 0 : visible / kLanes * kLanes;
   Vec top = splat(tile.maximum[row]);
   for (int64_t j = 0; j < whole; j += kLanes) top = maximum(top, load(scores + j));
   if (whole < visible)
     top = maximum(top, first_lanes(visible - whole, load(scores + whole), splat(kMinusInfinity)));
   const float before = tile.maximum[row], now = largest(top);
+  if (now == kMinusInfinity) {
+    std::memset(scores, 0, sizeof(float) * end);
+    return;
+  }
   Vec total = {};
-  for (int64_t j = 0; j < whole; j += kLanes) {
-    const Vec p = exp2(load(scores + j) - now);
+  int64_t j = 0;
+  for (; j < whole; j += kLanes) {
+    const Vec p = exp2_or_zero(load(scores + j) - now);
     total += p;
     store(scores + j, p);
   }
-  int64_t j = whole;
-  if (whole < visible) {
-    const Vec p = first_lanes(visible - whole, exp2(load(scores + whole) - now), Vec{});
+  if (j < visible) {
+    const Vec p = first_lanes(visible - j, exp2_or_zero(load(scores + j) - now), Vec{});
     total += p;
-    store(scores + whole, p);
+    store(scores + j, p);
     j += kLanes;
   }
   if (j < end) std::memset(scores + j, 0, sizeof(float) * (end - j));
 
   tile.maximum[row] = now;
-  if (before == now) {
-    tile.total[row] += sum(total);
-    return;
-  }
-  const float correction = exp2(splat(before - now))[0];
+  const float correction = before == now ? 1.0f : exp2(splat(before - now))[0];
   tile.total[row] = tile.total[row] * correction + sum(total);
+  if (before == now) return;
   const int64_t width = round_up(size, kLanes);
   float* out = tile.out + row * width;
   for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(out + d) * correction);

@@ -1,0 +1,7 @@
+#include "decode_attention_kernel.h"
+
+namespace minilm_fast {
+
+DecodeKernels decode_kernels_default() { return {kTileRows, attend, store_source}; }
+
+}  // namespace minilm_fast

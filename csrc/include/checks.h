@@ -1,0 +1,66 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <initializer_list>
+
+namespace minilm_fast {
+
+// Checks shared by the operators. `op` and `name` (of the argument) open the message of the error.
+
+inline void check_dtype(const char* op, const char* name, const at::Tensor& x,
+                        std::initializer_list<at::ScalarType> allowed) {
+  bool fits = x.device().is_cpu();
+  bool found = false;
+  for (const at::ScalarType type : allowed) found |= x.scalar_type() == type;
+  TORCH_CHECK(fits && found, op, ": ", name, " must be ", allowed.begin()[0], allowed.size() > 1 ? " or bfloat16" : "",
+              " on the CPU, got ", x.scalar_type(), " on ", x.device());
+}
+
+inline void check_float(const char* op, const char* name, const at::Tensor& x) {
+  check_dtype(op, name, x, {at::kFloat, at::kBFloat16});
+}
+
+// A size of -1 stands for any.
+inline void check_shape(const char* op, const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  bool fits = x.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || x.size(static_cast<int64_t>(i)) == shape[i];
+  TORCH_CHECK(fits, op, ": ", name, " must have the shape ", shape, " (-1: any), got ", x.sizes());
+}
+
+inline void check_contiguous(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(x.is_contiguous(), op, ": ", name, " must be contiguous, got ", x.sizes(), " with strides ", x.strides());
+}
+
+inline void check_rows_contiguous(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(x.numel() == 0 || x.size(-1) == 1 || x.stride(-1) == 1, op, ": the last dimension of ", name,
+              " must be contiguous, got strides ", x.strides());
+}
+
+inline const int32_t* check_ints(const char* op, const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  check_dtype(op, name, x, {at::kInt});
+  check_shape(op, name, x, shape);
+  check_contiguous(op, name, x);
+  return x.const_data_ptr<int32_t>();
+}
+
+inline const float* check_floats(const char* op, const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  check_dtype(op, name, x, {at::kFloat});
+  check_shape(op, name, x, shape);
+  check_contiguous(op, name, x);
+  return x.const_data_ptr<float>();
+}
+
+// Checks a table of biases by distance and gives the largest distance that it knows.
+inline int64_t check_relative_bias(const char* op, const at::Tensor& bias, int64_t heads) {
+  check_floats(op, "relative_bias", bias, {heads, -1});
+  TORCH_CHECK(bias.size(1) % 2 == 1, op, ": relative_bias must have an odd number of columns, got ", bias.sizes());
+  return bias.size(1) / 2;
+}
+
+inline void check_head_size(const char* op, const at::Tensor& q) {
+  TORCH_CHECK(q.dim() == 3, op, ": q must be [rows, heads, head_dim], got ", q.sizes());
+  TORCH_CHECK(q.size(2) >= 1 && q.size(2) <= 128, op, ": the head size of q must be 1 to 128, got ", q.size(2));
+}
+
+}  // namespace minilm_fast

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <cstdint>
+
+namespace minilm_fast {
+
+// One decoding step, see minilm_fast/ops/decode_attention.py. Strides are in elements; last dimensions are
+// contiguous, the caches and the result wholly so.
+struct DecodeProblem {
+  const void *q, *k, *v;  // rows ordered (example, beam, row)
+  void* out;
+  bool bf16;  // storage of q, k, v and out; otherwise fp32
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head;
+  const void *source_k, *source_v;
+  void *history_k, *history_v;
+  bool cache_bf16;
+  int64_t heads, size, beams, rows;
+  int64_t source_capacity, history_capacity;
+  double scale;
+  const float* relative_bias;  // [heads, 2 * distance_limit + 1] or null
+  int64_t distance_limit;
+};
+
+// A key beyond the source that some hypothesis of a group sees: of the history at (step, beam), or where `row` is
+// not negative, the one that this row of this beam brings along.
+struct TailEntry {
+  int32_t step, beam, row;
+};
+
+// Some beams of one example, few enough for their rows to fill one tile. All heads share it.
+struct DecodeGroup {
+  int64_t example, slot, length, step;
+  int64_t beam_begin, beam_end;
+  const TailEntry* tail;
+  int64_t tail_count;
+  const int32_t* tail_positions;  // counted from the end of the source
+  const float* tail_mask;         // [group's rows, tail_stride]: 0 where the row sees the entry, else -infinity
+  int64_t tail_stride;            // tail_count rounded up to a multiple of 16
+};
+
+// Packed keys and values of one sequence to one slot of the caches.
+struct StoreProblem {
+  const void *k, *v;
+  bool bf16;
+  int64_t k_token, k_head, v_token, v_head;
+  void *source_k, *source_v;
+  bool cache_bf16;
+  int64_t heads, size, source_capacity;
+};
+
+struct DecodeKernels {
+  int tile_rows;  // the most rows of a group
+  void (*attend)(const DecodeProblem&, const DecodeGroup&, int64_t head, float* scratch);
+  void (*store)(const StoreProblem&, int64_t first, int64_t count, int64_t slot, int64_t head);
+};
+
+DecodeKernels decode_kernels_default();
+DecodeKernels decode_kernels_avx2();
+DecodeKernels decode_kernels_avx512();
+
+// Scratch memory, in floats, that `attend` needs with any instruction set (aligned to 64 bytes).
+static inline int64_t decode_scratch(const DecodeProblem& problem) {
+  constexpr int64_t kMostLanes = 16, kBlock = 512;
+  const int64_t width = (problem.size + kMostLanes - 1) / kMostLanes * kMostLanes;
+  const int64_t bias = problem.relative_bias == nullptr ? 0 : 2 * problem.distance_limit + 1 + 2 * kMostLanes;
+  return problem.size * (kBlock + kMostLanes) + kBlock * width + bias;
+}
+
+}  // namespace minilm_fast

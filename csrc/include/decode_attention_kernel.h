@@ -1,0 +1,199 @@
+#pragma once
+
+// The kernels behind decode_kernels_<isa>, compiled once for each instruction set.
+
+#include "attention_tile.h"
+#include "decode_attention.h"
+#include "relative_bias.h"
+
+namespace minilm_fast {
+namespace {
+
+template <class T>
+inline const T* at_row(const void* base, int64_t row, int64_t row_stride, int64_t head, int64_t head_stride) {
+  return static_cast<const T*>(base) + row * row_stride + head * head_stride;
+}
+
+template <class From, class To>
+inline void convert_row(const From* from, int64_t size, To* to) {
+  for (int64_t d = 0; d < size; d += kLanes) store_first(to + d, load_first(from + d, size - d), size - d);
+}
+
+// T: storage of the rows, C: of the caches.
+template <class T, class C>
+class DecodeHead {
+ public:
+  DecodeHead(const DecodeProblem& problem, const DecodeGroup& group, int64_t head, float* scratch)
+      : p_(problem),
+        g_(group),
+        head_(head),
+        rows_(static_cast<int>((group.beam_end - group.beam_begin) * problem.rows)),
+        width_(round_up(problem.size, kLanes)),
+        keys_(scratch),
+        values_(keys_ + problem.size * kScoreStride),
+        bias_(values_ + kKeyBlock * width_) {}
+
+  void run(QueryTile& tile) {
+    remember();
+    if (p_.relative_bias == nullptr) return choose_rows(tile, nullptr);
+    const DistanceBias bias(p_.relative_bias + head_ * (2 * p_.distance_limit + 1), p_.distance_limit, bias_);
+    choose_rows(tile, &bias);
+  }
+
+ private:
+  int64_t row_index(int64_t beam, int64_t row) const {
+    return (g_.example * p_.beams + beam) * p_.rows + row;
+  }
+  int64_t row_of_tile(int r) const { return row_index(g_.beam_begin, 0) + r; }
+  C* history(void* cache, int64_t step, int64_t beam) const {
+    const int64_t entry = (g_.slot * p_.history_capacity + step) * p_.beams + beam;
+    return static_cast<C*>(cache) + (entry * p_.heads + head_) * p_.size;
+  }
+  const C* source(const void* cache) const {
+    return static_cast<const C*>(cache) + (g_.slot * p_.heads + head_) * p_.size * p_.source_capacity;
+  }
+
+  // Row 0 of each beam leaves its key and value in the history.
+  void remember() {
+    for (int64_t beam = g_.beam_begin; beam < g_.beam_end; ++beam) {
+      const int64_t row = row_index(beam, 0);
+      convert_row(at_row<T>(p_.k, row, p_.k_row, head_, p_.k_head), p_.size, history(p_.history_k, g_.step, beam));
+      convert_row(at_row<T>(p_.v, row, p_.v_row, head_, p_.v_head), p_.size, history(p_.history_v, g_.step, beam));
+    }
+  }
+
+  void choose_rows(QueryTile& tile, const DistanceBias* bias) {
+    with_rows(rows_, [&](auto constant) { run_tile<decltype(constant)::value>(tile, bias); });
+  }
+
+  template <int Rows>
+  void run_tile(QueryTile& tile, const DistanceBias* bias) {
+    reset(tile, Rows, p_.size);
+    for (int r = 0; r < rows_; ++r)
+      set_query(tile, r, at_row<T>(p_.q, row_of_tile(r), p_.q_row, head_, p_.q_head), p_.size, p_.scale);
+    clear_queries(tile, rows_, Rows, p_.size);
+    for (int64_t first = 0; first < g_.length; first += kKeyBlock) see_source<Rows>(tile, first, bias);
+    for (int64_t first = 0; first < g_.tail_count; first += kKeyBlock) see_tail<Rows>(tile, first, bias);
+    for (int r = 0; r < rows_; ++r)
+      write_row(tile, r, p_.size, static_cast<T*>(p_.out) + (row_of_tile(r) * p_.heads + head_) * p_.size);
+  }
+
+  template <int Rows>
+  void see_source(QueryTile& tile, int64_t first, const DistanceBias* bias) {
+    const int64_t left = g_.length - first, count = left < kKeyBlock ? left : kKeyBlock;
+    const C* keys = source(p_.source_k) + first;
+    const C* values = source(p_.source_v) + first * p_.size;
+    if (p_.size == width_) {
+      attend_source<Rows>(tile, KeyBlock<C, C>{keys, p_.source_capacity, values, p_.size, count}, first, bias);
+    } else {
+      for (int64_t j = 0; j < count; ++j) convert_row(values + j * p_.size, p_.size, values_ + j * width_);
+      attend_source<Rows>(tile, KeyBlock<C, float>{keys, p_.source_capacity, values_, width_, count}, first, bias);
+    }
+  }
+
+  template <int Rows, class Block>
+  void attend_source(QueryTile& tile, const Block& block, int64_t first, const DistanceBias* bias) {
+    compute_scores<Rows>(tile, block, p_.size);
+    for (int r = 0; r < rows_; ++r) {
+      if (bias != nullptr) {
+        float* scores = tile.scores + r * kScoreStride;
+        const int64_t query = g_.length + g_.step + r % p_.rows;
+        for (int64_t j = 0; j < block.count; j += kLanes)
+          store(scores + j, load(scores + j) + bias->consecutive(first + j - query));
+      }
+      softmax_row(tile, r, block.count, block.count, p_.size);
+    }
+    add_values<Rows>(tile, block, p_.size);
+  }
+
+  template <int Rows>
+  void see_tail(QueryTile& tile, int64_t first, const DistanceBias* bias) {
+    const int64_t left = g_.tail_count - first, count = left < kKeyBlock ? left : kKeyBlock;
+    gather_tail(first, count);
+    const KeyBlock<float, float> block{keys_, kScoreStride, values_, width_, count};
+    compute_scores<Rows>(tile, block, p_.size);
+    for (int r = 0; r < rows_; ++r) {
+      float* scores = tile.scores + r * kScoreStride;
+      const float* mask = g_.tail_mask + r * g_.tail_stride + first;
+      for (int64_t j = 0; j < count; j += kLanes) {
+        Vec score = load(scores + j) + load(mask + j);
+        if (bias != nullptr)
+          score += bias->between(g_.step + r % p_.rows, g_.tail_positions + first + j, count - j);
+        store(scores + j, score);
+      }
+      softmax_row(tile, r, count, count, p_.size);
+    }
+    add_values<Rows>(tile, block, p_.size);
+  }
+
+  // Brings the entries [first, first + count) of the tail together in the scratch memory. They come from the
+  // history in the cache's type, from this step's rows in the rows' type.
+  void gather_tail(int64_t first, int64_t count) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const int64_t lanes = count - j < kLanes ? count - j : kLanes;
+      for (int64_t d = 0; d < p_.size; d += kLanes) {
+        Vec square[kLanes] = {};
+        for (int64_t i = 0; i < lanes; ++i) {
+          const TailEntry& entry = g_.tail[first + j + i];
+          square[i] = load_tail(entry, p_.k, p_.k_row, p_.k_head, p_.history_k, d);
+          store(values_ + (j + i) * width_ + d, load_tail(entry, p_.v, p_.v_row, p_.v_head, p_.history_v, d));
+        }
+        transpose(square);
+        for (int64_t i = 0; i < kLanes && d + i < p_.size; ++i) store(keys_ + (d + i) * kScoreStride + j, square[i]);
+      }
+    }
+  }
+
+  Vec load_tail(const TailEntry& entry, const void* rows, int64_t row_stride, int64_t head_stride, void* cache,
+                int64_t d) const {
+    if (entry.row >= 0) {
+      const T* row = at_row<T>(rows, row_index(entry.beam, entry.row), row_stride, head_, head_stride);
+      return load_first(row + d, p_.size - d);
+    }
+    return load_first(history(cache, entry.step, entry.beam) + d, p_.size - d);
+  }
+
+  const DecodeProblem& p_;
+  const DecodeGroup& g_;
+  int64_t head_;
+  int rows_;
+  int64_t width_;
+  float *keys_, *values_, *bias_;
+};
+
+inline void attend(const DecodeProblem& problem, const DecodeGroup& group, int64_t head, float* scratch) {
+  QueryTile tile;
+  if (problem.bf16 && problem.cache_bf16)
+    DecodeHead<Bf16, Bf16>(problem, group, head, scratch).run(tile);
+  else if (problem.bf16)
+    DecodeHead<Bf16, float>(problem, group, head, scratch).run(tile);
+  else if (problem.cache_bf16)
+    DecodeHead<float, Bf16>(problem, group, head, scratch).run(tile);
+  else
+    DecodeHead<float, float>(problem, group, head, scratch).run(tile);
+}
+
+template <class T, class C>
+inline void store_head(const StoreProblem& p, int64_t first, int64_t count, int64_t slot, int64_t head) {
+  const int64_t cached = (slot * p.heads + head) * p.size * p.source_capacity;
+  C* keys = static_cast<C*>(p.source_k) + cached;
+  C* values = static_cast<C*>(p.source_v) + cached;
+  write_transposed([&](int64_t j) { return at_row<T>(p.k, first + j, p.k_token, head, p.k_head); }, count, p.size, keys,
+                   p.source_capacity);
+  for (int64_t j = 0; j < count; ++j)
+    convert_row(at_row<T>(p.v, first + j, p.v_token, head, p.v_head), p.size, values + j * p.size);
+}
+
+inline void store_source(const StoreProblem& p, int64_t first, int64_t count, int64_t slot, int64_t head) {
+  if (p.bf16 && p.cache_bf16)
+    store_head<Bf16, Bf16>(p, first, count, slot, head);
+  else if (p.bf16)
+    store_head<Bf16, float>(p, first, count, slot, head);
+  else if (p.cache_bf16)
+    store_head<float, Bf16>(p, first, count, slot, head);
+  else
+    store_head<float, float>(p, first, count, slot, head);
+}
+
+}  // namespace
+}  // namespace minilm_fast
