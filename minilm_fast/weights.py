@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from pathlib import Path
 
 import torch
@@ -105,7 +106,9 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path, *, zipped: bool) -> dict[str, Tensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         refused = re.search(r"(?:GLOBAL|global:|type) ([\w.]+\.[\w.]+)", str(error))
         if refused:
@@ -113,10 +116,10 @@ def _read_pickle(file: Path, *, zipped: bool) -> dict[str, Tensor]:
                 f"{file}: refused: the pickle refers to {refused.group(1)}, and only tensors are read from it"
             ) from None
         raise UserError(f"{file}: the file is damaged or holds more than tensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: the PyTorch file is cut off or damaged ({_first_line(error)})") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # on damaged bytes the unpickler raises whatever it runs into
+        raise UserError(f"{file}: the PyTorch file is cut off or damaged ({_first_line(error)})") from None
     return _tensors_of(file, content)
 
 

@@ -1,6 +1,7 @@
 """Plain-data pickles: what the original wrote can be read, and nothing else is run."""
 
 import collections
+import contextlib
 import os
 import pickle
 import struct
@@ -154,10 +155,8 @@ def test_cut_off_at_every_byte(tmp_path):
 def test_random_bytes_never_raise_anything_else(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("pickles") / "random"
     path.write_bytes(data)
-    try:
+    with contextlib.suppress(UserError):
         list(safe_pickle.load_records(path))
-    except UserError:
-        pass
 
 
 @pytest.mark.parametrize(
