@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minilm_fast.errors import UserError
 
@@ -18,9 +19,33 @@ class Example:
     target: str | list[str]
 
 
-def _field(record: object, name: str, where: str) -> str | list[str]:
+def parse_record(line: str, where: str) -> dict[str, Any]:
+    """The JSON object on one line.
+
+    Args:
+        line: JSON text.
+        where: what an error message names, such as ``train.jsonl:3``.
+
+    Raises:
+        UserError: broken JSON, or something else than an object.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: broken JSON ({error})") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object")
+    return record
+
+
+def text_or_tokens(record: dict[str, Any], name: str, where: str) -> str | list[str]:
+    """A field in one of the two formats: a text, or a list of tokens.
+
+    Raises:
+        UserError: the field is missing or something else.
+    """
     if name not in record:
         raise UserError(f"{where}: no {name!r}")
     value = record[name]
@@ -41,11 +66,8 @@ def parse_example(line: str, where: str) -> Example:
     Raises:
         UserError: broken JSON, a missing or empty field, text beside tokens.
     """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from None
-    source, target = _field(record, "src", where), _field(record, "tgt", where)
+    record = parse_record(line, where)
+    source, target = text_or_tokens(record, "src", where), text_or_tokens(record, "tgt", where)
     if type(source) is not type(target):
         raise UserError(f"{where}: 'src' and 'tgt' must both be texts or both be lists of tokens")
     if not target or (isinstance(target, str) and not target.strip()):
