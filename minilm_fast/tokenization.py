@@ -287,6 +287,8 @@ def _read_sentencepiece(path: Path) -> _Vocabulary:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not data:
+        raise UserError(f"{path}: the file is empty")
     backend = SentencePiece(data, str(path))
     return _Vocabulary(_SENTENCEPIECE, backend.tokens(), str(path), backend=backend)
 
