@@ -344,9 +344,10 @@ class InferenceEngine:
         if mask_id is not None:
             ids = torch.cat([ids, torch.full_like(ids, mask_id)], dim=2)
         start = (cache.source_lengths[slots.long()] + steps)[:, None, None]
-        positions = (start + torch.arange(rows, dtype=torch.int32)).expand(examples, beams, rows).reshape(-1)
+        positions = (start + torch.arange(rows, dtype=torch.int32)).expand(examples, beams, rows)
         ids = ids.reshape(-1)
-        x = self._embed(ids, positions.int(), torch.full_like(ids, self.config.target_type_id))
+        types = torch.full_like(ids, self.config.target_type_id)
+        x = self._embed(ids, positions.contiguous().view(-1), types)
         for index, layer in enumerate(self._layers):
             q, k, v = layer.projection(x, self.heads)
             context = ops.decode_attention(
