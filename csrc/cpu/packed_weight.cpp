@@ -167,7 +167,7 @@ int64_t packed_row_bytes(const gemm::Kernels& kernels, const gemm::Weight& weigh
 }
 
 int64_t packed_rows_bytes(const gemm::Kernels& kernels, const gemm::Weight& weight, int64_t row_count) {
-  return round_up(row_count * packed_row_bytes(kernels, weight), 64);
+  return round_up(round_up(row_count, kernels.row_multiple) * packed_row_bytes(kernels, weight), 64) + 64;
 }
 
 }  // namespace

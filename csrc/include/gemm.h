@@ -67,7 +67,8 @@ struct Source {
 };
 
 struct Kernels {
-  int64_t row_element_bytes;  // a row takes padded_k(format, k) elements
+  int64_t row_element_bytes;  // a packed row takes padded_k(format, k) elements
+  int64_t row_multiple;       // packed rows are readable up to a multiple of this; those beyond may hold anything
   void (*pack_rows)(const Source& source, int64_t row_count, int64_t k, void* rows, float* scales);
   void (*multiply)(const Product& product);
 };

@@ -1,7 +1,10 @@
 #pragma once
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
-#include <cstring>
 
 // Vectors as wide as the instruction set that the including file is compiled for. Everything is in an anonymous
 // namespace: the same names stand for different types in files compiled for different instruction sets.
@@ -45,20 +48,49 @@ inline Float rounded(Float x) {
   return x;
 }
 
-inline float to_float(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
+typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t UnalignedHalf __attribute__((vector_size(kVectorBytes / 2), aligned(1), may_alias));
+
+inline Float load(const uint16_t* bf16) {
+  const Half half = *reinterpret_cast<const UnalignedHalf*>(bf16);
+  return as_float(__builtin_convertvector(half, Int) << 16);
 }
 
-// Round to nearest even; a NaN stays one.
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+// The first `count` elements, then zeros.
+template <class T>
+inline Float load_part(const T* p, int64_t count) {
+  if (count >= kWidth) return load(p);
+  T padded[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
+  return load(padded);
 }
+
+// To bf16 in the upper half of each lane: round to nearest even; a NaN stays one.
+inline Int round_to_bf16(Float x) {
+  const Int bits = as_int(x);
+  const Int nearest = bits + 0x7fff + (bits >> 16 & 1);
+  return (x == x ? nearest : bits | 0x400000) & static_cast<int32_t>(0xffff0000);
+}
+
+inline void store(uint16_t* bf16, Float x) {
+#ifdef __AVX512BF16__
+  *reinterpret_cast<UnalignedHalf*>(bf16) = reinterpret_cast<Half>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
+#else
+  typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
+  const Unsigned upper = reinterpret_cast<Unsigned>(round_to_bf16(x)) >> 16;
+  *reinterpret_cast<UnalignedHalf*>(bf16) = __builtin_convertvector(upper, Half);
+#endif
+}
+
+template <class T>
+inline void store_part(T* p, Float x, int64_t count) {
+  if (count >= kWidth) return store(p, x);
+  T values[kWidth];
+  store(values, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
+}
+
+inline Float absolute(Float x) { return as_float(as_int(x) & 0x7fffffff); }
 
 inline bool any(Int mask) {
   int32_t bits = 0;
@@ -82,27 +114,6 @@ inline Float exp_negative(Float x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   return p * as_float((as_int(shifted) << 23) + 0x3f800000);
-}
-
-// x * Phi(x). Phi(t) - 1/2 = t P(t^2) / Q(t^2), a minimax fit on [0, 5.5] to 7e-9; beyond, Phi is 0 or 1 to fp32.
-inline Float gelu(Float x) {
-  constexpr float kLimit = 5.5f;
-  Float t = x < -kLimit ? splat(-kLimit) : x;
-  t = t > kLimit ? splat(kLimit) : t;
-  const Float u = t * t;
-  Float p = splat(2.2749339875730006e-08f);
-  p = p * u + 6.352131356216108e-06f;
-  p = p * u + 0.00016882697123089696f;
-  p = p * u + 0.004677268577039424f;
-  p = p * u + 0.03385276901320986f;
-  p = p * u + 0.3989422346212791f;
-  Float q = splat(1.1975041815167494e-06f);
-  q = q * u + 7.364794221138141e-05f;
-  q = q * u + 0.0018844521515943625f;
-  q = q * u + 0.028645942792997765f;
-  q = q * u + 0.2515222262799513f;
-  q = q * u + 1.0f;
-  return x * (t * p / q + 0.5f);
 }
 
 }  // namespace
