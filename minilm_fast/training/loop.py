@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilm_fast.atomic import atomic_write
 from minilm_fast.data.batching import LengthGroupedBatches, Seq2SeqBatch, collate, sequential_batch
 from minilm_fast.data.pseudo_masking import Feature, Masking, PseudoMasker, SpecialIds, framed_lengths
 from minilm_fast.errors import UserError
@@ -191,8 +192,8 @@ class Trainer:
         folder = checkpointing.save(
             self.output_dir, self.step, self.model, self.optimizer, self.rng, self.tokenizer, progress
         )
-        with open(self.output_dir / "history.json", "w", encoding="utf-8") as file:
-            json.dump(self.history, file, indent=1)
+        with atomic_write(self.output_dir / "history.json") as file:
+            file.write(json.dumps(self.history, indent=1).encode())
         logger.info("saved %s", folder)
 
     def train(self) -> None:
@@ -200,7 +201,7 @@ class Trainer:
         options = self.options
         self.model.train()
         losses: list[float] = []
-        tokens, since = 0, time.perf_counter()
+        tokens, logged, since = 0, self.step, time.perf_counter()
         while self.step < self.total_steps:
             rate = self.learning_rate
             step_losses, norm, step_tokens = self.train_step()
@@ -208,11 +209,11 @@ class Trainer:
             tokens += step_tokens
             if self.step % options.logging_steps == 0:
                 elapsed = time.perf_counter() - since
-                left = elapsed / options.logging_steps * (self.total_steps - self.step)
+                left = elapsed / (self.step - logged) * (self.total_steps - self.step)
                 logger.info(
                     "step %d/%d  loss %.4f  lr %.3g  grad norm %.2f  %.0f tokens/s  %.0f min left",
                     self.step, self.total_steps, sum(losses) / len(losses), rate, norm, tokens / elapsed, left / 60,
                 )  # fmt: skip
-                losses, tokens, since = [], 0, time.perf_counter()
+                losses, tokens, logged, since = [], 0, self.step, time.perf_counter()
             if self.step % options.save_steps == 0 or self.step == self.total_steps:
                 self.save()
