@@ -1,0 +1,132 @@
+"""The console script ``minilm-fast``, and what all command lines share: one line for an error, an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from minilm_fast.errors import UserError
+
+# Subcommand: its module and what it does.
+COMMANDS = {
+    "decode": ("minilm_fast.decode", "decode a file with a fine-tuned sequence-to-sequence checkpoint"),
+    "gen-seq-from-trace": ("minilm_fast.gen_seq_from_trace", "choose outputs anew from saved score traces"),
+    "train": ("minilm_fast.run_seq2seq", "fine-tune an encoder as a sequence-to-sequence model"),
+}
+USAGE_ERROR = 2
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(BaseException):
+    """The process was asked to end (``SIGTERM``)."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"error: {message}\n")
+
+
+def guarded(run: Callable[[], None], hint: Callable[[], str] = str) -> int:
+    """Runs a command; what a user can cause becomes one line on standard error.
+
+    Args:
+        run: the command.
+        hint: says what to do next after a run was cut short; may be empty.
+
+    Returns:
+        The exit status: 0, 2 after a :class:`UserError`, 130 after Ctrl-C, 143 after ``SIGTERM``.
+    """
+    with _terminable(), _one_line_warnings():
+        try:
+            run()
+        except UserError as error:
+            return _fail(f"{error}{hint()}", USAGE_ERROR)
+        except KeyboardInterrupt:
+            return _fail(f"interrupted{hint()}", INTERRUPTED)
+        except Terminated:
+            return _fail(f"terminated{hint()}", TERMINATED)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return _fail(f"not enough memory; a lower --batch_size needs less{hint()}", USAGE_ERROR)
+    return 0
+
+
+def say(kind: str, message: str) -> None:
+    """Prints one line on standard error."""
+    print(f"{kind}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+
+
+def _fail(message: str, status: int) -> int:
+    # Under torchrun every process may fail; which one did is said but for the first.
+    rank = os.environ.get("RANK", "0")
+    say("error", message if rank == "0" else f"process {rank}: {message}")
+    return status
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block ``SIGTERM`` raises :class:`Terminated`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    def show(message: Warning | str, *details: object, **more: object) -> None:
+        say("warning", str(message))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``minilm-fast COMMAND ...``; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    from minilm_fast import __version__
+
+    width = max(map(len, COMMANDS)) + 2
+    listing = "\n".join(f"  {name:{width}}{about}" for name, (_, about) in COMMANDS.items())
+    parser = ArgumentParser(
+        prog="minilm-fast",
+        description="Fast fine-tuning and decoding of MiniLM, UniLM and other BERT-family Transformers.",
+        epilog=f"commands:\n{listing}\n\nminilm-fast COMMAND --help describes a command",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"minilm_fast {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
+    parser.parse_args(arguments[:1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
