@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ TOKENIZER_FILES = (
 _VOCABULARY_FILES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer.json")
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".json", ".txt", ".model")
 
 
@@ -161,23 +163,28 @@ def _download(
 ) -> Path | None:
     """One file's path in the cache; ``None`` if the repository exists without it, as far as can be told."""
     from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    directory = None if cache_dir is None else str(cache_dir)
+    if _COMMIT.fullmatch(revision):
+        # What is known of a commit never changes, so it need not be asked again.
+        known = try_to_load_from_cache(repository, file, cache_dir=directory, revision=revision)
+        if known is not None:
+            return Path(known) if isinstance(known, str) else None
+    problem = None if _offline() else _connection_problem(repository, file, revision)
     try:
-        return Path(
-            hf_hub_download(
-                repository,
-                file,
-                revision=revision,
-                cache_dir=None if cache_dir is None else str(cache_dir),
-                endpoint=os.environ.get("HF_ENDPOINT") or None,
-                local_files_only=_offline(),
-            )
+        path = hf_hub_download(
+            repository,
+            file,
+            revision=revision,
+            cache_dir=directory,
+            endpoint=_endpoint(),
+            local_files_only=_offline() or problem is not None,
         )
-    except hub.LocalEntryNotFoundError as error:
+    except hub.LocalEntryNotFoundError:
         if not required and _is_cached(repository, cache_dir):
             return None
-        state = "offline mode is on" if _offline() else f"the hub cannot be reached{_cause(error)}"
+        state = "offline mode is on" if problem is None else f"the hub cannot be reached ({problem})"
         raise UserError(f"{repository}: {file} is not in the cache, and {state}") from None
     except hub.RemoteEntryNotFoundError:
         return None
@@ -191,6 +198,32 @@ def _download(
         if not _is_transfer_error(error):
             raise
         raise UserError(f"{repository}: {file}: the download failed: {_one_line(error)}") from None
+    if problem is not None:
+        warnings.warn(f"{repository}: the hub cannot be reached ({problem}); {file} is the cached one", stacklevel=4)
+    return Path(path)
+
+
+def _connection_problem(repository: str, file: str, revision: str) -> str | None:
+    """Why the hub cannot be reached. Asking once here spares the minutes of huggingface_hub's own repetitions."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file, revision=revision, endpoint=_endpoint()))
+    except hub.HfHubHTTPError as error:
+        # Other answers than a failure of the server are for the download itself to report.
+        return _one_line(error) if error.response is not None and error.response.status_code >= 500 else None
+    except hub.HFValidationError:
+        return None
+    except Exception as error:
+        if not _is_transfer_error(error):
+            raise
+        return _one_line(error)
+    return None
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
 
 
 def _is_transfer_error(error: Exception) -> bool:
@@ -214,11 +247,6 @@ def _offline() -> bool:
     return value.strip().upper() in ("1", "ON", "YES", "TRUE") or bool(constants.HF_HUB_OFFLINE)
 
 
-def _cause(error: BaseException) -> str:
-    cause = error.__cause__
-    return "" if cause is None else f" ({_one_line(cause)})"
-
-
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).split(" For more information")[0]
     return f"{type(error).__name__}: {text}"[:240]

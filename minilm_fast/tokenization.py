@@ -114,7 +114,8 @@ class Tokenizer:
             raise UserError(f"model type {model_type!r} is not supported (known: {', '.join(MODEL_TYPES)})")
         path = Path(path_or_id)
         if not path.exists():
-            path = hub.fetch(path_or_id, (), hub.TOKENIZER_FILES, cache_dir=cache_dir)
+            # config.json is nearly always there: what comes after it is looked for in the same commit only.
+            path = hub.fetch(path_or_id, (), ("config.json", *hub.TOKENIZER_FILES), cache_dir=cache_dir)
         wanted = _ALGORITHMS.get(model_type, _WORDPIECE)
         content = _read_folder(path, wanted) if path.is_dir() else _read_file(path, wanted)
         if do_lower_case is None:
