@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -204,8 +205,8 @@ class Config:
                 f"{source}: embedding_size {self.embedding_size} differs from hidden_size {self.hidden_size}, "
                 f"which only electra allows"
             )
-        if self.rel_pos_bins and (self.rel_pos_bins % 2 or not self.max_rel_pos):
-            raise UserError(f"{source}: rel_pos_bins must be even and needs max_rel_pos, found {self.rel_pos_bins}")
+        if self.rel_pos_bins and not self.max_rel_pos:
+            raise UserError(f"{source}: rel_pos_bins {self.rel_pos_bins} needs a max_rel_pos above 0")
         if self.pad_token_id >= self.vocab_size:
             raise UserError(f"{source}: pad_token_id {self.pad_token_id} is outside vocab_size {self.vocab_size}")
         self._check_type_ids(source)
@@ -233,8 +234,10 @@ _POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: value > 0, "positi
 _NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda value: value >= 0, "zero or positive")
 _FRACTION: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _RANGES = {
-    **dict.fromkeys(_REQUIRED, _POSITIVE),
-    **dict.fromkeys(("max_position_embeddings", "embedding_size", "layer_norm_eps"), _POSITIVE),
+    **dict.fromkeys((*_REQUIRED, "embedding_size", "layer_norm_eps"), _POSITIVE),
+    # Limits far above any model, so that a slip of the keyboard is an error and not all the memory.
+    "num_hidden_layers": (lambda value: 0 < value <= 1000, "from 1 to 1000"),
+    "max_position_embeddings": (lambda value: 0 < value <= 1 << 20, "positive and at most 1048576"),
     **dict.fromkeys(("type_vocab_size", "initializer_range", "pad_token_id", "rel_pos_bins"), _NOT_NEGATIVE),
     **dict.fromkeys(("max_rel_pos", "source_type_id", "target_type_id"), _NOT_NEGATIVE),
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "label_smoothing"), _FRACTION),
@@ -277,6 +280,8 @@ def _check_types(fields: Mapping[str, Any], source: str) -> None:
         expected = _TYPES[str(_FIELDS[name].type)]
         if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
             raise UserError(f"{source}: {name} must be of type {_FIELDS[name].type}, found {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{source}: {name} must be finite, found {value!r}")
 
 
 def _to_canonical(fields: dict[str, Any], section: Mapping[str, Any]) -> None:

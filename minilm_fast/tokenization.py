@@ -82,6 +82,9 @@ class Tokenizer:
         self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._subword = self._make_subword(content)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._content, self.model_type, self.do_lower_case)
+
     def _make_subword(self, content: _Vocabulary) -> _Subword:
         if content.backend is not None:
             return content.backend

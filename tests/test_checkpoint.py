@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -587,6 +588,41 @@ def test_write_that_the_system_refuses_midway(tmp_path):
     assert run.returncode == 1
     assert run.stderr.startswith(f"{tmp_path / 'a'}: the checkpoint cannot be written: ")
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("step", range(3))
+def test_killed_while_saving(tmp_path, step, existing):
+    """SIGKILL at each rename: what is there afterwards is a whole checkpoint, or none where there was none."""
+    code = (
+        "import os, signal, sys\n"
+        "from minilm_fast import checkpoint\n"
+        f"loaded = checkpoint.load({str(GOLDENS / 'tiny')!r}, for_training=True)\n"
+        "loaded.state['cls.predictions.bias'].fill_(7)\n"
+        "steps = 0\n"
+        "def watch(rename):\n"
+        "    def step(*args):\n"
+        "        global steps\n"
+        f"        if steps == {step}:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        steps += 1\n"
+        "        rename(*args)\n"
+        "    return step\n"
+        "os.replace, os.rename = watch(os.replace), watch(os.rename)\n"
+        f"checkpoint.save({str(tmp_path / 'a')!r}, loaded.config, loaded.state)\n"
+    )
+    old = checkpoint.load(GOLDENS / "tiny")
+    if existing:
+        checkpoint.save(tmp_path / "a", old.config, old.state)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    renames = 2 if existing else 1
+    assert run.returncode == (-signal.SIGKILL if step < renames else 0)
+    if not existing and step == 0:
+        assert not (tmp_path / "a").exists()
+        return
+    bias = checkpoint.load(tmp_path / "a").state[layouts.DECODER_BIAS]
+    expected = torch.full_like(bias, 7) if step > 0 else old.state[layouts.DECODER_BIAS]
+    assert torch.equal(bias, expected)
 
 
 def old_checkpoint():

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import pickle
 import re
 import shutil
 import unicodedata
@@ -377,6 +378,17 @@ def test_saved_files_load_in_plain_transformers(source, request, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("Hello world, it's a test.", "pinalvezana zi"):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+@pytest.mark.parametrize("source", ["tiny", "bpe", "sentencepiece_folder"])
+def test_copies_for_other_processes(source, request):
+    path = GOLDENS / "tiny" if source == "tiny" else request.getfixturevalue(source)
+    model_type = {"tiny": "bert", "bpe": "roberta"}.get(source, "xlm-roberta")
+    tokenizer = Tokenizer.from_pretrained(path, model_type=model_type, do_lower_case=True)
+    tokenizer.tokenize("fill the cache")
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.record() == tokenizer.record()
+    assert all(copy.tokenize(text) == tokenizer.tokenize(text) for text in TEXTS)
 
 
 @pytest.mark.parametrize(
