@@ -102,7 +102,7 @@ def select(operator: str, *tensors: torch.Tensor | None) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reason}")
         return forced
-    reasons = []
+    reasons: list[str] = []
     for name in PRIORITY.get(device, ("reference",)):
         reason = unusable(name, operator, device, needs_grad)
         if reason is None:
