@@ -343,8 +343,8 @@ class Decoding:
             write_traces(output.trace_path, traces, padded_lengths(lengths, *sizes))
         output.write(record["text"] for record in records)
         limit = self.options.max_source_length
-        self._report(records, "truncated", f"longer than {limit} tokens and cut")
-        self._report(records, "unknown", "with tokens that the vocabulary does not know")
+        self._report(records, "truncated", f"are longer than {limit} tokens and were cut")
+        self._report(records, "unknown", "hold tokens that the vocabulary does not know")
 
     def _report(self, records: Sequence[Record], key: str, what: str) -> None:
         lines = [number for number, record in enumerate(records, 1) if record[key]]

@@ -1,0 +1,103 @@
+"""What all command lines share: quick help, one line for an error, exit statuses, subcommands."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from minilm_fast import __version__, cli, decode, gen_seq_from_trace
+from minilm_fast.errors import UserError
+from tests.command import Runner
+
+HEAVY = ("torch", "transformers", "tokenizers", "sentencepiece", "huggingface_hub", "tqdm", "numpy", "safetensors")
+MODULES = ("minilm_fast.decode", "minilm_fast.gen_seq_from_trace", "minilm_fast.run_seq2seq")
+
+
+@pytest.fixture
+def run(capfdbinary):
+    return Runner(capfdbinary)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_loads_nothing_heavy(module):
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("usage: ")
+    loaded = {line.rsplit("|", 1)[1].strip() for line in found.stderr.splitlines() if "|" in line}
+    assert "argparse" in loaded
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_subcommands(command, run):
+    outcome = run(cli.main, command, "--help")
+    assert outcome.status == 0 and outcome.out.startswith("usage: ")
+
+
+def test_script_lists_its_commands(run):
+    outcome = run(cli.main, "--help")
+    assert outcome.status == 0
+    assert all(command in outcome.out for command in cli.COMMANDS)
+    assert run(cli.main, "--version").out == f"minilm_fast {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "expected"),
+    [
+        (cli.main, [], "COMMAND"),
+        (cli.main, ["destroy"], "destroy"),
+        (decode.main, ["--model_path", "x"], "--input_file"),
+        (decode.main, ["--model_path", "x", "--input_file", "y", "--beam_size", "many"], "--beam_size"),
+        (decode.main, ["--model_path", "x", "--input_file", "y", "--mode", "both"], "--mode"),
+        (decode.main, ["--model_path", "x", "--input_file", "y", "--dtype", "fp8"], "--dtype"),
+        (decode.main, ["--model_path", "x", "--input_file", "y", "--threads", "0"], "--threads"),
+        (decode.main, ["--model_path", "x", "--input_file", "y", "--unknown"], "--unknown"),
+        (gen_seq_from_trace.main, ["--input", "x"], "--model_type"),
+    ],
+)
+def test_wrong_flags_are_one_line(main, argv, expected, run):
+    assert expected in run(main, *argv).error()
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("x.bin: cut off\nsomewhere"), 2, "error: x.bin: cut off somewhere; try again\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; try again\n"),
+        (MemoryError(), 2, "error: not enough memory; a lower --batch_size needs less; try again\n"),
+    ],
+)
+def test_exit_statuses(error, status, line, capsys):
+    assert cli.guarded(lambda: _raise(error), lambda: "; try again") == status
+    assert capsys.readouterr().err == line
+
+
+def test_a_request_to_end(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.guarded(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert capsys.readouterr().err == "error: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_errors_of_the_program_are_not_hidden():
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.guarded(lambda: _raise(RuntimeError("a bug")))
+
+
+def test_warnings_are_one_line(capsys):
+    import warnings
+
+    assert cli.guarded(lambda: warnings.warn("positions\nare repeated", stacklevel=1)) == 0
+    assert capsys.readouterr().err == "warning: positions are repeated\n"
+
+
+def test_processes_of_a_group_are_told_apart(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert cli.guarded(lambda: _raise(UserError("no"))) == 2
+    assert capsys.readouterr().err == "error: process 3: no\n"
