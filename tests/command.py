@@ -29,9 +29,15 @@ class Outcome:
 
     def error(self) -> str:
         """The one error line of a failed command."""
-        lines = [line for line in self.err.splitlines() if not line.startswith(("note: ", "warning: "))]
-        assert self.status == 2 and len(lines) == 1 and lines[0].startswith("error: "), self
-        return lines[0]
+        assert self.status == 2, self
+        return only_error(self.err)
+
+
+def only_error(text: str) -> str:
+    """The one line of standard error that is neither a note nor a warning."""
+    lines = [line for line in text.splitlines() if not line.startswith(("note: ", "warning: "))]
+    assert len(lines) == 1 and lines[0].startswith("error: "), text
+    return lines[0]
 
 
 class Runner:
