@@ -4,14 +4,14 @@
 #include "gemm_kernels.h"
 #include "gemm_rows.h"
 
-// Kernels on matrix tiles of 16 rows of 64 bytes: 32 bf16 or 64 int8 of k, or 16 sums. A panel's weights are such tiles
-// one after another. Tile registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 weights.
+// Kernels on matrix tiles of 16 rows of 64 bytes: 32 bf16 or 64 int8 of k, or 16 sums. Packed rows and a panel's
+// weights are such tiles one after another. Tile registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 weights.
 namespace minilm_fast::gemm {
 namespace {
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kTileWidth = 64;
+constexpr int64_t kLine = 64;
 
 struct __attribute__((packed)) TileConfig {
   uint8_t palette = 1;
@@ -31,42 +31,81 @@ struct Int8 {
   using Sum = int32_t;
 };
 
-#define MULTIPLY_TILES(sum, rows, weights)      \
-  if constexpr (E::kFormat == Format::kBf16)    \
-    _tile_dpbf16ps(sum, rows, weights);         \
-  else                                          \
+// Sums that wait to be finished: done a few rows at a time between the matrix products of the next ones, which leave
+// the vector units idle.
+template <class Sum>
+struct Pending {
+  const Product& product;
+  Sums<Sum> sums;
+  int64_t next = 0;
+  int64_t rows = 0;
+
+  void finish_up_to(int64_t end) {
+    end = end < rows ? end : rows;
+    if (next < end) finish_rows(product, sums, next, end);
+    next = end > next ? end : next;
+  }
+};
+
+#define MULTIPLY_TILES(sum, rows, weights)   \
+  if constexpr (E::kFormat == Format::kBf16) \
+    _tile_dpbf16ps(sum, rows, weights);      \
+  else                                       \
     _tile_dpbssd(sum, rows, weights)
+
+// Many rows pass by the weights in the first-level cache, and should not drive them out; a few rows stay there.
+#define LOAD_ROWS(tile, address)              \
+  if constexpr (kRowTiles == 2)               \
+    _tile_stream_loadd(tile, address, kLine); \
+  else                                        \
+    _tile_loadd(tile, address, kLine)
+
+// What one block of tiles multiplies: addresses, and the lines of the next panels to fetch in each step.
+struct Operands {
+  const char* rows;
+  int64_t row_tile_stride;
+  const char* weights;
+  int64_t panel_stride;
+  const char* prefetch;
+  int64_t prefetch_lines;
+};
 
 // Sums of kRowTiles * 16 rows and kPanels panels, as [rows][kPanels * 16].
 template <class E, int kRowTiles, int kPanels>
-void multiply_tiles(const char* rows, int64_t row_stride, const char* weights, int64_t panel_stride, int64_t steps,
-                    typename E::Sum* sums) {
+void multiply_tiles(const Operands& operands, typename E::Sum* sums, Pending<typename E::Sum>& pending) {
   static_assert(kRowTiles * kPanels <= 4, "four tiles of sums");
+  const int64_t steps = operands.panel_stride / kTileBytes;
+  const int64_t finish_rows_a_step = (pending.rows + steps - 1) / steps;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t step = 0; step < steps; ++step, rows += kTileWidth, weights += kTileBytes) {
-    _tile_loadd(4, rows, row_stride);
-    _tile_loadd(6, weights, 64);
+  for (int64_t step = 0; step < steps; ++step) {
+    const char* rows = operands.rows + step * kTileBytes;
+    const char* weights = operands.weights + step * kTileBytes;
+    LOAD_ROWS(4, rows);
+    _tile_loadd(6, weights, kLine);
     MULTIPLY_TILES(0, 4, 6);
     if constexpr (kRowTiles == 2) {
-      _tile_loadd(5, rows + kTileRows * row_stride, row_stride);
+      LOAD_ROWS(5, rows + operands.row_tile_stride);
       MULTIPLY_TILES(1, 5, 6);
     }
     if constexpr (kPanels >= 2) {
-      _tile_loadd(7, weights + panel_stride, 64);
+      _tile_loadd(7, weights + operands.panel_stride, kLine);
       MULTIPLY_TILES(2, 4, 7);
       if constexpr (kRowTiles == 2) {
         MULTIPLY_TILES(3, 5, 7);
       }
     }
     if constexpr (kPanels == 4) {
-      _tile_loadd(6, weights + 2 * panel_stride, 64);
+      _tile_loadd(6, weights + 2 * operands.panel_stride, kLine);
       MULTIPLY_TILES(1, 4, 6);
-      _tile_loadd(7, weights + 3 * panel_stride, 64);
+      _tile_loadd(7, weights + 3 * operands.panel_stride, kLine);
       MULTIPLY_TILES(3, 4, 7);
     }
+    const char* prefetch = operands.prefetch + step * kPanels * kTileBytes;
+    for (int64_t line = 0; line < operands.prefetch_lines; ++line) _mm_prefetch(prefetch + line * kLine, _MM_HINT_T1);
+    pending.finish_up_to((step + 1) * finish_rows_a_step);
   }
   constexpr int64_t kStride = kPanels * kPanel * 4;
   char* out = reinterpret_cast<char*>(sums);
@@ -81,50 +120,81 @@ void multiply_tiles(const char* rows, int64_t row_stride, const char* weights, i
   __asm__ volatile("" ::: "memory");
 }
 
+#undef LOAD_ROWS
 #undef MULTIPLY_TILES
 
-template <class E, int kRowTiles, int kPanels>
-void multiply_block(const Product& product, int64_t row, int64_t panel) {
-  constexpr int64_t kRows = kRowTiles * kTileRows;
-  alignas(64) typename E::Sum sums[kRows * kPanels * kPanel];
-  const Weight& weight = *product.weight;
-  const int64_t bytes = panel_bytes(E::kFormat, weight.k);
-  const char* rows = static_cast<const char*>(product.rows.data) + row * product.rows.stride;
-  multiply_tiles<E, kRowTiles, kPanels>(rows, product.rows.stride,
-                                        weight.panels + (product.column / kPanel + panel) * bytes, bytes,
-                                        bytes / kTileBytes, sums);
-  const int64_t left = product.row_count - row;
-  finish_tile(product, {row, left < kRows ? left : kRows, panel, kPanels}, sums);
-}
+template <class E>
+class Multiplication {
+ public:
+  explicit Multiplication(const Product& product)
+      : product_(product),
+        panel_bytes_(panel_bytes(E::kFormat, product.weight->k)),
+        weights_(product.weight->panels + product.column / kPanel * panel_bytes_),
+        pending_{product, {buffers_[0], 0, 0, 0}} {}
 
-// kRowTiles * kPanels tiles of sums at a time; kPanels panels stay in the first-level cache while the rows pass by.
-template <class E, int kRowTiles, int kPanels>
-void multiply_panels(const Product& product, int64_t panel) {
-  const int64_t panels = round_up(product.columns, kPanel) / kPanel;
-  for (; panel + kPanels <= panels; panel += kPanels) {
-    int64_t row = 0;
-    for (; row + (kRowTiles - 1) * kTileRows < product.row_count; row += kRowTiles * kTileRows)
-      multiply_block<E, kRowTiles, kPanels>(product, row, panel);
-    if (row < product.row_count) multiply_block<E, 1, kPanels>(product, row, panel);
+  void run() {
+    if (product_.row_count > kTileRows)
+      multiply_panels<2, 2>(0);
+    else
+      multiply_panels<1, 4>(0);
+    pending_.finish_up_to(pending_.rows);
   }
-  if constexpr (kPanels > 1)
-    if (panel < panels) multiply_panels<E, kRowTiles, kPanels / 2>(product, panel);
-}
+
+ private:
+  // kRowTiles * kPanels tiles of sums at a time; kPanels panels stay in the first-level cache while the rows pass by.
+  template <int kRowTiles, int kPanels>
+  void multiply_panels(int64_t panel) {
+    const int64_t panels = round_up(product_.columns, kPanel) / kPanel;
+    for (; panel + kPanels <= panels; panel += kPanels) {
+      int64_t row = 0;
+      for (; row + (kRowTiles - 1) * kTileRows < product_.row_count; row += kRowTiles * kTileRows)
+        multiply_block<kRowTiles, kPanels>(row, panel);
+      if (row < product_.row_count) multiply_block<1, kPanels>(row, panel);
+    }
+    if constexpr (kPanels > 1)
+      if (panel < panels) multiply_panels<kRowTiles, kPanels / 2>(panel);
+  }
+
+  template <int kRowTiles, int kPanels>
+  void multiply_block(int64_t row, int64_t panel) {
+    const char* weights = weights_ + panel * panel_bytes_;
+    // Each block of rows fetches its share of every step of the next panels.
+    const int64_t lines = kPanels * kTileBytes / kLine;
+    const int64_t first = lines * row / product_.row_count;
+    const int64_t next = row + kRowTiles * kTileRows;
+    const int64_t last = next >= product_.row_count ? lines : lines * next / product_.row_count;
+    const Operands operands = {static_cast<const char*>(product_.rows.data) + row * product_.rows.stride,
+                               kTileRows * product_.rows.stride,
+                               weights,
+                               panel_bytes_,
+                               weights + kPanels * panel_bytes_ + first * kLine,
+                               last - first};
+    typename E::Sum* sums = pending_.sums.data == buffers_[0] ? buffers_[1] : buffers_[0];
+    multiply_tiles<E, kRowTiles, kPanels>(operands, sums, pending_);
+    const int64_t rows = next <= product_.row_count ? kRowTiles * kTileRows : product_.row_count - row;
+    pending_.sums = {sums, row, panel, kPanels};
+    pending_.next = 0;
+    pending_.rows = rows;
+  }
+
+  const Product& product_;
+  const int64_t panel_bytes_;
+  const char* weights_;
+  alignas(64) typename E::Sum buffers_[2][4 * kTileRows * kPanel];
+  Pending<typename E::Sum> pending_;
+};
 
 template <class E>
 void multiply(const Product& product) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  if (product.row_count > kTileRows)
-    multiply_panels<E, 2, 2>(product, 0);
-  else
-    multiply_panels<E, 1, 4>(product, 0);
+  Multiplication<E>(product).run();
   _tile_release();
 }
 
 }  // namespace
 
-const Kernels kAmxBf16 = {2, kTileRows, pack_rows_bf16, multiply<Bf16>};
-const Kernels kAmxInt8 = {1, kTileRows, pack_rows_int8, multiply<Int8>};
+const Kernels kAmxBf16 = {2, kTileRows, pack_rows_bf16<Tiled>, multiply<Bf16>};
+const Kernels kAmxInt8 = {1, kTileRows, pack_rows_int8<Tiled>, multiply<Int8>};
 
 }  // namespace minilm_fast::gemm

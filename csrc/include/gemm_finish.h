@@ -8,49 +8,64 @@
 namespace minilm_fast::gemm {
 namespace {
 
-// A register tile's place in a product: rows [row, row + rows), panels [panel, panel + panels) of its columns. The
-// sums are [rows][panels * kPanel].
-struct Tile {
+// Sums of some rows and panels of a product, [rows][panels * kPanel], and their place: row, and panel among the
+// product's columns.
+template <class Sum>
+struct Sums {
+  const Sum* data;
   int64_t row;
-  int64_t rows;
   int64_t panel;
   int64_t panels;
 };
 
-inline Float load_sum(const Product&, int64_t, Float, const float* sum) { return load(sum); }
+inline Float scaled_sum(const Product&, int64_t, int64_t, const float* sum) { return load(sum); }
 
 // The products are kept from contraction with what follows: results do not depend on the instruction set.
-inline Float load_sum(const Product& product, int64_t row, Float feature_scale, const int32_t* sum) {
+inline Float scaled_sum(const Product& product, int64_t row, int64_t feature, const int32_t* sum) {
   const Float scaled = rounded(to_float(load_int(sum)) * product.rows.scales[row]);
-  return rounded(scaled * feature_scale);
+  return rounded(scaled * load(product.weight->scales + feature));
 }
 
-template <class Sum, class Out>
-void finish_tile_as(const Product& product, const Tile& tile, const Sum* sums) {
-  Out* out = static_cast<Out*>(product.out) + tile.row * product.out_stride;
-  const int64_t width = tile.panels * kPanel;
-  for (int64_t v = 0; v < width; v += kWidth) {
-    const int64_t column = tile.panel * kPanel + v;
-    const int64_t left = product.columns - column;
-    if (left <= 0) return;
-    Float bias = {}, scale = {};
-    if (product.bias) bias = load_part(product.bias + product.column + column, left);
-    if (product.weight->scales) scale = load(product.weight->scales + product.column + column);
-    for (int64_t m = 0; m < tile.rows; ++m) {
-      Float y = load_sum(product, tile.row + m, scale, sums + m * width + v);
-      if (product.bias) y += bias;
-      if (product.gelu) y = gelu(y);
-      store_part(out + m * product.out_stride + column, y, left);
+template <bool kGelu, class Sum>
+inline Float result(const Product& product, int64_t row, int64_t feature, const Sum* sum, int64_t left) {
+  Float y = scaled_sum(product, row, feature, sum);
+  if (product.bias) y += load_part(product.bias + feature, left);
+  if constexpr (kGelu) y = gelu(y);
+  return y;
+}
+
+template <bool kGelu, class Out, class Sum>
+inline void finish_rows_as(const Product& product, const Sums<Sum>& sums, int64_t begin, int64_t end) {
+  const int64_t width = sums.panels * kPanel, column = sums.panel * kPanel;
+  const int64_t feature = product.column + column, left = product.columns - column;
+  for (int64_t m = begin; m < end; ++m) {
+    const int64_t row = sums.row + m;
+    const Sum* sum = sums.data + m * width;
+    Out* out = static_cast<Out*>(product.out) + row * product.out_stride + column;
+    if (left >= width) {
+      for (int64_t v = 0; v < width; v += kWidth)
+        store(out + v, result<kGelu>(product, row, feature + v, sum + v, kWidth));
+    } else {
+      for (int64_t v = 0; v < left; v += kWidth)
+        store_part(out + v, result<kGelu>(product, row, feature + v, sum + v, left - v), left - v);
     }
   }
 }
 
+// Writes the results of the rows [begin, end) of the sums.
 template <class Sum>
-__attribute__((noinline)) void finish_tile(const Product& product, const Tile& tile, const Sum* sums) {
-  if (product.out_bf16)
-    finish_tile_as<Sum, uint16_t>(product, tile, sums);
-  else
-    finish_tile_as<Sum, float>(product, tile, sums);
+inline void finish_rows(const Product& product, const Sums<Sum>& sums, int64_t begin, int64_t end) {
+  if (product.out_bf16) {
+    if (product.gelu)
+      finish_rows_as<true, uint16_t>(product, sums, begin, end);
+    else
+      finish_rows_as<false, uint16_t>(product, sums, begin, end);
+  } else {
+    if (product.gelu)
+      finish_rows_as<true, float>(product, sums, begin, end);
+    else
+      finish_rows_as<false, float>(product, sums, begin, end);
+  }
 }
 
 }  // namespace

@@ -100,7 +100,7 @@ void multiply_panels(const Product& product, int64_t panel) {
       const int64_t row = tile * product.row_count / tiles;
       const int64_t rows = (tile + 1) * product.row_count / tiles - row;
       tile_function<Element, kPanels>(rows, std::make_integer_sequence<int, kTileRows>())(product, row, panel, sums);
-      finish_tile(product, {row, rows, panel, kPanels}, sums);
+      finish_rows<float>(product, {sums, row, panel, kPanels}, 0, rows);
     }
   }
   if constexpr (kPanels > 1)
@@ -123,7 +123,7 @@ void multiply_int8(const Product& product) {
       for (int64_t i = 0; i < padded; i += 4)
         for (int64_t j = 0; j < kPanel; ++j)
           for (int64_t l = 0; l < 4; ++l) sums[j] += x[i + l] * weights[i * kPanel + j * 4 + l];
-      finish_tile(product, {m, 1, panel, 1}, sums);
+      finish_rows<int32_t>(product, {sums, m, panel, 1}, 0, 1);
     }
   }
 }

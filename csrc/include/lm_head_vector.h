@@ -16,8 +16,7 @@ inline float largest(Float x) {
 float maximum(const float* logits, int64_t count) {
   Float best = splat(-__builtin_inff());
   for (int64_t i = 0; i < count; i += kWidth) {
-    const Float x = load(logits + i);
-    best = x > best ? x : best;
+    best = minilm_fast::maximum(load(logits + i), best);
   }
   return largest(best);
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -88,6 +88,31 @@ inline void store_part(T* p, Float x, int64_t count) {
   T values[kWidth];
   store(values, x);
   for (int64_t i = 0; i < count; ++i) p[i] = values[i];
+}
+
+// Of two numbers; the second argument where one of them is a NaN.
+inline Float minimum(Float x, Float y) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Float>(_mm512_min_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y)));
+#else
+  return x < y ? x : y;
+#endif
+}
+
+inline Float maximum(Float x, Float y) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Float>(_mm512_max_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y)));
+#else
+  return x > y ? x : y;
+#endif
+}
+
+inline Int maximum(Int x, Int y) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Int>(_mm512_max_epi32(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(y)));
+#else
+  return x > y ? x : y;
+#endif
 }
 
 inline Float absolute(Float x) { return as_float(as_int(x) & 0x7fffffff); }
