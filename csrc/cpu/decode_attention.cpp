@@ -202,9 +202,12 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
                 rows, tails[i]);
   });
   const size_t bytes = sizeof(float) * static_cast<size_t>(decode_scratch(problem));
-  run_tasks(count * problem.heads, [&](int64_t i) {
+  // Pieces short enough to share out evenly and long enough for the prefetching to pay.
+  const int64_t pairs = count * problem.heads;
+  const int64_t piece = std::clamp<int64_t>(pairs / (4 * int64_t{at::get_num_threads()}), 1, problem.heads);
+  run_tasks((pairs + piece - 1) / piece, [&](int64_t i) {
     static thread_local Scratch scratch;
-    kernels.attend(problem, groups[i / problem.heads], i % problem.heads,
+    kernels.attend(problem, groups.data(), pairs, i * piece, std::min((i + 1) * piece, pairs),
                    reinterpret_cast<float*>(scratch.get(bytes)));
   });
   return out;

@@ -71,12 +71,9 @@ class AttentionHead {
 
   template <int Rows>
   void run_tile(QueryTile& tile, int64_t row, int rows, const DistanceBias* bias) {
-    reset(tile, Rows, p_.size);
-    for (int r = 0; r < rows; ++r) {
-      set_query(tile, r, query(row + r), p_.size, p_.scale);
+    set_queries(tile, [&](int64_t r) { return query(row + r); }, rows, Rows, p_.size, bias == nullptr ? p_.scale : 1.0);
+    for (int r = 0; r < rows; ++r)
       if (is_pseudo(row + r)) see_itself(tile, r, row + r, bias);
-    }
-    clear_queries(tile, rows, Rows, p_.size);
     const int64_t keys = visible_keys(row, row + rows);
     for (int64_t first = 0; first < keys; first += kKeyBlock) {
       const int64_t count = keys - first < kKeyBlock ? keys - first : kKeyBlock;
@@ -100,8 +97,9 @@ class AttentionHead {
   // Starts a pseudo row with its own key.
   void see_itself(QueryTile& tile, int r, int64_t row, const DistanceBias* bias) {
     float score = 0.0f;
-    for (int64_t d = 0; d < p_.size; ++d) score += tile.query[d * kTileRows + r] * to_float(key(row)[d]);
-    tile.maximum[r] = bias == nullptr ? score : score + bias->at(0);
+    for (int64_t d = 0; d < p_.size; ++d) score += tile.query[d * kQueryStride + r] * to_float(key(row)[d]);
+    if (bias != nullptr) score = score * static_cast<float>(p_.scale) + bias->at(0);
+    tile.maximum[r] = score * tile.factor;
     tile.total[r] = 1.0f;
     for (int64_t d = 0; d < p_.size; ++d) tile.out[r * width_ + d] = to_float(value(row)[d]);
   }
@@ -109,9 +107,10 @@ class AttentionHead {
   void add_bias(QueryTile& tile, int r, int64_t row, int64_t first, int64_t visible, const DistanceBias& bias) {
     float* scores = tile.scores + r * kScoreStride;
     const int32_t* positions = p_.positions + t_.first;
+    const float scale = static_cast<float>(p_.scale);
     for (int64_t j = 0; j < visible; j += kLanes)
       store(scores + j,
-            load(scores + j) + bias.between(positions[row], positions + first + j, visible - j));
+            load(scores + j) * scale + bias.between(positions[row], positions + first + j, visible - j));
   }
 
   const AttentionProblem& p_;

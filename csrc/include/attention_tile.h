@@ -1,8 +1,7 @@
 #pragma once
 
 // The inner part of attention, shared by the packed and the decoding operator: a tile of query rows against a
-// block of keys, softmax in one pass over blocks (online). Scores are kept in units of log2, so that the softmax
-// needs 2^x only; the factor is folded into the queries.
+// block of keys, softmax in one pass over blocks (online).
 //
 // A row's result depends on the order of its own keys alone, never on the other rows of its tile.
 
@@ -15,7 +14,9 @@ constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // rows of accumulators that f
 constexpr int64_t kKeyBlock = 512;
 constexpr int64_t kScoreStride = kKeyBlock + 16;  // no power of two: rows would share the sets of the cache
 constexpr int64_t kMaxHeadSize = 128;
-constexpr float kLog2E = 1.44269504f;
+constexpr int64_t kQueryStride = 16;
+// How many products are summed one after the other, over dimensions and over keys; longer sums round more.
+constexpr int64_t kSizeChain = 32, kKeyChain = 64;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kMinusInfinity = -__builtin_inff();
 
@@ -24,15 +25,17 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 struct QueryTile {
   alignas(64) float scores[kTileRows * kScoreStride];  // then the probabilities
   alignas(64) float out[kTileRows * kMaxHeadSize];
-  alignas(64) float query[kMaxHeadSize * kTileRows];  // dimension-major
-  float maximum[kTileRows];
-  float total[kTileRows];
+  alignas(64) float query[kMaxHeadSize * kQueryStride];  // dimension-major
+  float factor;              // of the scores, which are in units of it, to powers of two
+  float maximum[kTileRows];  // of the scores times the factor
+  float total[kTileRows];    // of 2^(score * factor - maximum)
 };
 
 // A block of keys as the tile needs it: at most kKeyBlock of them. Whole vectors are read, of the keys up to
 // round_up(count, kLanes), of each value up to round_up(D, kLanes); what the extra lanes hold does not matter.
 template <class Key, class Value>
 struct KeyBlock {
+  static constexpr bool kStreamed = false;
   const Key* keys;  // [D, key_stride], dimension-major
   int64_t key_stride;
   const Value* values;  // [count, value_stride]
@@ -40,63 +43,74 @@ struct KeyBlock {
   int64_t count;
 };
 
-inline void reset(QueryTile& tile, int rows, int64_t size) {
-  for (int r = 0; r < rows; ++r) {
-    tile.maximum[r] = kMinusInfinity;
-    tile.total[r] = 0.0f;
-  }
-  std::memset(tile.out, 0, sizeof(float) * rows * round_up(size, kLanes));
+// A block that comes from memory and is read once: while it is worked on, what lies so many bytes ahead of its keys
+// and values is fetched into the second-level cache.
+template <class Key, class Value>
+struct StreamedKeyBlock : KeyBlock<Key, Value> {
+  static constexpr bool kStreamed = true;
+  int64_t keys_ahead, values_ahead;
+};
+
+// Fetches `Bytes` bytes from an address, which need not belong to the process.
+template <int64_t Bytes>
+inline void prefetch(intptr_t address) {
+  for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + i), 0, 2);
 }
 
-template <class T>
-inline void set_query(QueryTile& tile, int row, const T* q, int64_t size, double scale) {
-  const double factor = scale * (1.0 / kLn2);
-  for (int64_t d = 0; d < size; ++d)
-    tile.query[d * kTileRows + row] = static_cast<float>(to_float(q[d]) * factor);
-}
+inline intptr_t address_of(const void* p) { return reinterpret_cast<intptr_t>(p); }
 
-inline void clear_queries(QueryTile& tile, int from, int to, int64_t size) {
-  for (int64_t d = 0; d < size; ++d)
-    for (int r = from; r < to; ++r) tile.query[d * kTileRows + r] = 0.0f;
-}
-
-template <int Rows, int Cols, class T>
-inline void score_columns(QueryTile& tile, const T* keys, int64_t stride, int64_t size, int64_t column) {
-  Vec sums[Rows][Cols] = {};
+template <int Rows, int Cols, class Block>
+inline void score_columns(QueryTile& tile, const Block& block, int64_t size, int64_t column) {
+  float* scores = tile.scores + column;
   const float* query = tile.query;
-  for (int64_t d = 0; d < size; ++d, query += kTileRows, keys += stride) {
-    Vec key[Cols];
-    for (int c = 0; c < Cols; ++c) key[c] = load(keys + c * kLanes);
+  auto* keys = block.keys + column;
+  for (int64_t begin = 0; begin < size; begin += kSizeChain) {
+    const int64_t end = size < begin + kSizeChain ? size : begin + kSizeChain;
+    Vec sums[Rows][Cols] = {};
+    for (int64_t d = begin; d < end; ++d, query += kQueryStride, keys += block.key_stride) {
+      Vec key[Cols];
+      for (int c = 0; c < Cols; ++c) key[c] = load(keys + c * kLanes);
+      if constexpr (Block::kStreamed) prefetch<Cols * kLanes * sizeof(*keys)>(address_of(keys) + block.keys_ahead);
+      for (int r = 0; r < Rows; ++r)
+        for (int c = 0; c < Cols; ++c) sums[r][c] += query[r] * key[c];
+    }
     for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Cols; ++c) sums[r][c] += query[r] * key[c];
+      for (int c = 0; c < Cols; ++c) {
+        float* score = scores + r * kScoreStride + c * kLanes;
+        store(score, begin == 0 ? sums[r][c] : sums[r][c] + load(score));
+      }
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Cols; ++c) store(tile.scores + r * kScoreStride + column + c * kLanes, sums[r][c]);
 }
 
 template <int Rows, class Block>
 inline void compute_scores(QueryTile& tile, const Block& block, int64_t size) {
   int64_t column = 0;
   for (; column + kLanes < block.count; column += 2 * kLanes)
-    score_columns<Rows, 2>(tile, block.keys + column, block.key_stride, size, column);
-  if (column < block.count) score_columns<Rows, 1>(tile, block.keys + column, block.key_stride, size, column);
+    score_columns<Rows, 2>(tile, block, size, column);
+  if (column < block.count) score_columns<Rows, 1>(tile, block, size, column);
 }
 
 template <int Rows, int Cols, class Block>
 inline void add_value_columns(QueryTile& tile, const Block& block, int64_t width, int64_t column) {
-  Vec sums[Rows][Cols];
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Cols; ++c) sums[r][c] = load(tile.out + r * width + column + c * kLanes);
   auto* values = block.values + column;
   const float* probability = tile.scores;
-  for (int64_t j = 0; j < block.count; ++j, values += block.value_stride, ++probability) {
-    Vec value[Cols];
-    for (int c = 0; c < Cols; ++c) value[c] = load(values + c * kLanes);
+  for (int64_t begin = 0; begin < block.count; begin += kKeyChain) {
+    const int64_t end = block.count < begin + kKeyChain ? block.count : begin + kKeyChain;
+    Vec sums[Rows][Cols] = {};
+    for (int64_t j = begin; j < end; ++j, values += block.value_stride, ++probability) {
+      Vec value[Cols];
+      for (int c = 0; c < Cols; ++c) value[c] = load(values + c * kLanes);
+      if constexpr (Block::kStreamed)
+        prefetch<Cols * kLanes * sizeof(*values)>(address_of(values) + block.values_ahead);
+      for (int r = 0; r < Rows; ++r)
+        for (int c = 0; c < Cols; ++c) sums[r][c] += probability[r * kScoreStride] * value[c];
+    }
     for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Cols; ++c) sums[r][c] += probability[r * kScoreStride] * value[c];
+      for (int c = 0; c < Cols; ++c) {
+        float* out = tile.out + r * width + column + c * kLanes;
+        store(out, load(out) + sums[r][c]);
+      }
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Cols; ++c) store(tile.out + r * width + column + c * kLanes, sums[r][c]);
 }
 
 template <int Rows, class Block>
@@ -108,8 +122,16 @@ inline void add_values(QueryTile& tile, const Block& block, int64_t size) {
   if (column < width) add_value_columns<Rows, 1>(tile, block, width, column);
 }
 
-// 2^x, but zero where x is so small that it must come from a hidden key.
-inline Vec exp2_or_zero(Vec x) { return x < splat(-1e30f) ? Vec{} : exp2(x); }
+// The greatest of the first `count` scores and `least`.
+inline float largest_score(const float* scores, int64_t count, float least) {
+  Vec top[4] = {splat(least), splat(least), splat(least), splat(least)};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= count; j += 4 * kLanes)
+    for (int i = 0; i < 4; ++i) top[i] = maximum(top[i], load(scores + j + i * kLanes));
+  for (; j < count; j += kLanes)
+    top[0] = maximum(top[0], first_lanes(count - j, load(scores + j), splat(kMinusInfinity)));
+  return largest(maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
+}
 
 // Scores of one row to probabilities relative to the running maximum, whose total and output are brought to the
 // new maximum. The row sees the first `visible` of the block's `count` keys, and of those only the ones whose
@@ -117,25 +139,23 @@ inline Vec exp2_or_zero(Vec x) { return x < splat(-1e30f) ? Vec{} : exp2(x); }
 inline void softmax_row(QueryTile& tile, int row, int64_t visible, int64_t count, int64_t size) {
   float* scores = tile.scores + row * kScoreStride;
   const int64_t end = round_up(count, kLanes);
-  const int64_t whole = visible <= 0 ? 0 : visible / kLanes * kLanes;
-  Vec top = splat(tile.maximum[row]);
-  for (int64_t j = 0; j < whole; j += kLanes) top = maximum(top, load(scores + j));
-  if (whole < visible)
-    top = maximum(top, first_lanes(visible - whole, load(scores + whole), splat(kMinusInfinity)));
-  const float before = tile.maximum[row], now = largest(top);
+  const float before = tile.maximum[row];
+  const float top = largest_score(scores, visible, kMinusInfinity) * tile.factor;
+  const float now = top > before ? top : before;
   if (now == kMinusInfinity) {
     std::memset(scores, 0, sizeof(float) * end);
     return;
   }
+  const Vec factor = splat(tile.factor), subtrahend = splat(now);
   Vec total = {};
   int64_t j = 0;
-  for (; j < whole; j += kLanes) {
-    const Vec p = exp2_or_zero(load(scores + j) - now);
+  for (; j + kLanes <= visible; j += kLanes) {
+    const Vec p = exp2(load(scores + j) * factor - subtrahend);
     total += p;
     store(scores + j, p);
   }
   if (j < visible) {
-    const Vec p = first_lanes(visible - j, exp2_or_zero(load(scores + j) - now), Vec{});
+    const Vec p = first_lanes(visible - j, exp2(load(scores + j) * factor - subtrahend), Vec{});
     total += p;
     store(scores + j, p);
     j += kLanes;
@@ -154,8 +174,7 @@ inline void softmax_row(QueryTile& tile, int row, int64_t visible, int64_t count
 template <class T>
 inline void write_row(const QueryTile& tile, int row, int64_t size, T* out) {
   const float* sums = tile.out + row * round_up(size, kLanes);
-  const Vec reciprocal = splat(1.0f / tile.total[row]);
-  for (int64_t d = 0; d < size; d += kLanes) store_first(out + d, load(sums + d) * reciprocal, size - d);
+  for (int64_t d = 0; d < size; d += kLanes) store_first(out + d, load(sums + d) / tile.total[row], size - d);
 }
 
 inline float log_sum_exp(const QueryTile& tile, int row) {
@@ -193,6 +212,22 @@ inline void write_transposed(Rows rows, int64_t count, int64_t size, To* to, int
       for (int64_t i = 0; i < kLanes && d + i < size; ++i) store(to + (d + i) * stride + j, square[i]);
     }
   }
+}
+
+// Takes the queries (row r at rows(r)) into an empty tile. Scores are to be in units of `unit`: the scale itself,
+// or 1 if the scale is already in them, as it must be for a bias to be added.
+template <class Rows>
+inline void set_queries(QueryTile& tile, Rows rows, int count, int padded, int64_t size, double unit) {
+  write_transposed(rows, count, size, tile.query, kQueryStride);
+  // The factor must be positive: the maximum is sought before it is applied.
+  if (unit <= 0)
+    for (int64_t i = 0; i < size * kQueryStride; ++i) tile.query[i] *= unit < 0 ? -1.0f : 0.0f;
+  tile.factor = static_cast<float>((unit == 0 ? 1.0 : unit < 0 ? -unit : unit) / kLn2);
+  for (int r = 0; r < padded; ++r) {
+    tile.maximum[r] = kMinusInfinity;
+    tile.total[r] = 0.0f;
+  }
+  std::memset(tile.out, 0, sizeof(float) * padded * round_up(size, kLanes));
 }
 
 }  // namespace

@@ -50,7 +50,10 @@ struct StoreProblem {
 
 struct DecodeKernels {
   int tile_rows;  // the most rows of a group
-  void (*attend)(const DecodeProblem&, const DecodeGroup&, int64_t head, float* scratch);
+  // Pairs (group, head), counted with the head running fastest: [begin, end) of `count` of them. In a row, because
+  // while one is worked on the next one's source is fetched.
+  void (*attend)(const DecodeProblem&, const DecodeGroup* groups, int64_t count, int64_t begin, int64_t end,
+                 float* scratch);
   void (*store)(const StoreProblem&, int64_t first, int64_t count, int64_t slot, int64_t head);
 };
 

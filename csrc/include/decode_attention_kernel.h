@@ -23,10 +23,11 @@ inline void convert_row(const From* from, int64_t size, To* to) {
 template <class T, class C>
 class DecodeHead {
  public:
-  DecodeHead(const DecodeProblem& problem, const DecodeGroup& group, int64_t head, float* scratch)
+  DecodeHead(const DecodeProblem& problem, const DecodeGroup& group, int64_t head, int64_t ahead, float* scratch)
       : p_(problem),
         g_(group),
         head_(head),
+        ahead_(ahead),
         rows_(static_cast<int>((group.beam_end - group.beam_begin) * problem.rows)),
         width_(round_up(problem.size, kLanes)),
         keys_(scratch),
@@ -44,7 +45,7 @@ class DecodeHead {
   int64_t row_index(int64_t beam, int64_t row) const {
     return (g_.example * p_.beams + beam) * p_.rows + row;
   }
-  int64_t row_of_tile(int r) const { return row_index(g_.beam_begin, 0) + r; }
+  int64_t row_of_tile(int64_t r) const { return row_index(g_.beam_begin, 0) + r; }
   C* history(void* cache, int64_t step, int64_t beam) const {
     const int64_t entry = (g_.slot * p_.history_capacity + step) * p_.beams + beam;
     return static_cast<C*>(cache) + (entry * p_.heads + head_) * p_.size;
@@ -68,10 +69,9 @@ class DecodeHead {
 
   template <int Rows>
   void run_tile(QueryTile& tile, const DistanceBias* bias) {
-    reset(tile, Rows, p_.size);
-    for (int r = 0; r < rows_; ++r)
-      set_query(tile, r, at_row<T>(p_.q, row_of_tile(r), p_.q_row, head_, p_.q_head), p_.size, p_.scale);
-    clear_queries(tile, rows_, Rows, p_.size);
+    set_queries(
+        tile, [&](int64_t r) { return at_row<T>(p_.q, row_of_tile(r), p_.q_row, head_, p_.q_head); }, rows_, Rows,
+        p_.size, bias == nullptr ? p_.scale : 1.0);
     for (int64_t first = 0; first < g_.length; first += kKeyBlock) see_source<Rows>(tile, first, bias);
     for (int64_t first = 0; first < g_.tail_count; first += kKeyBlock) see_tail<Rows>(tile, first, bias);
     for (int r = 0; r < rows_; ++r)
@@ -83,11 +83,14 @@ class DecodeHead {
     const int64_t left = g_.length - first, count = left < kKeyBlock ? left : kKeyBlock;
     const C* keys = source(p_.source_k) + first;
     const C* values = source(p_.source_v) + first * p_.size;
+    const int64_t ahead = ahead_ * static_cast<int64_t>(sizeof(C));
     if (p_.size == width_) {
-      attend_source<Rows>(tile, KeyBlock<C, C>{keys, p_.source_capacity, values, p_.size, count}, first, bias);
+      const KeyBlock<C, C> block{keys, p_.source_capacity, values, p_.size, count};
+      attend_source<Rows>(tile, StreamedKeyBlock<C, C>{block, ahead, ahead}, first, bias);
     } else {
       for (int64_t j = 0; j < count; ++j) convert_row(values + j * p_.size, p_.size, values_ + j * width_);
-      attend_source<Rows>(tile, KeyBlock<C, float>{keys, p_.source_capacity, values_, width_, count}, first, bias);
+      const KeyBlock<C, float> block{keys, p_.source_capacity, values_, width_, count};
+      attend_source<Rows>(tile, StreamedKeyBlock<C, float>{block, ahead, 0}, first, bias);
     }
   }
 
@@ -98,8 +101,9 @@ class DecodeHead {
       if (bias != nullptr) {
         float* scores = tile.scores + r * kScoreStride;
         const int64_t query = g_.length + g_.step + r % p_.rows;
+        const float scale = static_cast<float>(p_.scale);
         for (int64_t j = 0; j < block.count; j += kLanes)
-          store(scores + j, load(scores + j) + bias->consecutive(first + j - query));
+          store(scores + j, load(scores + j) * scale + bias->consecutive(first + j - query));
       }
       softmax_row(tile, r, block.count, block.count, p_.size);
     }
@@ -116,10 +120,11 @@ class DecodeHead {
       float* scores = tile.scores + r * kScoreStride;
       const float* mask = g_.tail_mask + r * g_.tail_stride + first;
       for (int64_t j = 0; j < count; j += kLanes) {
-        Vec score = load(scores + j) + load(mask + j);
+        Vec score = load(scores + j);
         if (bias != nullptr)
-          score += bias->between(g_.step + r % p_.rows, g_.tail_positions + first + j, count - j);
-        store(scores + j, score);
+          score = score * static_cast<float>(p_.scale) +
+                  bias->between(g_.step + r % p_.rows, g_.tail_positions + first + j, count - j);
+        store(scores + j, score + load(mask + j));
       }
       softmax_row(tile, r, count, count, p_.size);
     }
@@ -150,27 +155,41 @@ class DecodeHead {
       const T* row = at_row<T>(rows, row_index(entry.beam, entry.row), row_stride, head_, head_stride);
       return load_first(row + d, p_.size - d);
     }
-    return load_first(history(cache, entry.step, entry.beam) + d, p_.size - d);
+    const C* row = history(cache, entry.step, entry.beam);
+    prefetch<kLanes * sizeof(C)>(address_of(row + p_.size + d));  // the next head's
+    return load_first(row + d, p_.size - d);
   }
 
   const DecodeProblem& p_;
   const DecodeGroup& g_;
   int64_t head_;
+  int64_t ahead_;  // elements from this head's source to the next one's
   int rows_;
   int64_t width_;
   float *keys_, *values_, *bias_;
 };
 
-inline void attend(const DecodeProblem& problem, const DecodeGroup& group, int64_t head, float* scratch) {
+template <class T, class C>
+inline void attend_range(const DecodeProblem& problem, const DecodeGroup* groups, int64_t count, int64_t begin,
+                         int64_t end, float* scratch) {
   QueryTile tile;
+  auto place = [&](int64_t i) { return groups[i / problem.heads].slot * problem.heads + i % problem.heads; };
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t ahead = i + 1 < count ? (place(i + 1) - place(i)) * problem.size * problem.source_capacity : 0;
+    DecodeHead<T, C>(problem, groups[i / problem.heads], i % problem.heads, ahead, scratch).run(tile);
+  }
+}
+
+inline void attend(const DecodeProblem& problem, const DecodeGroup* groups, int64_t count, int64_t begin, int64_t end,
+                   float* scratch) {
   if (problem.bf16 && problem.cache_bf16)
-    DecodeHead<Bf16, Bf16>(problem, group, head, scratch).run(tile);
+    attend_range<Bf16, Bf16>(problem, groups, count, begin, end, scratch);
   else if (problem.bf16)
-    DecodeHead<Bf16, float>(problem, group, head, scratch).run(tile);
+    attend_range<Bf16, float>(problem, groups, count, begin, end, scratch);
   else if (problem.cache_bf16)
-    DecodeHead<float, Bf16>(problem, group, head, scratch).run(tile);
+    attend_range<float, Bf16>(problem, groups, count, begin, end, scratch);
   else
-    DecodeHead<float, float>(problem, group, head, scratch).run(tile);
+    attend_range<float, float>(problem, groups, count, begin, end, scratch);
 }
 
 template <class T, class C>

@@ -5,15 +5,14 @@
 namespace minilm_fast {
 namespace {
 
-// The relative bias of one head, in units of log2, continued by kLanes entries on either side so that the biases
+// The relative bias of one head, continued by kLanes entries on either side so that the biases
 // of a vector of consecutive positions are one load whatever the clamp does.
 class DistanceBias {
  public:
   static int64_t floats(int64_t limit) { return 2 * limit + 1 + 2 * kLanes; }
 
   DistanceBias(const float* bias, int64_t limit, float* memory) : table_(memory), limit_(limit) {
-    constexpr float kLog2E = 1.44269504f;
-    for (int64_t i = 0; i < floats(limit); ++i) table_[i] = bias[clamp(i - kLanes, 0, 2 * limit)] * kLog2E;
+    for (int64_t i = 0; i < floats(limit); ++i) table_[i] = bias[clamp(i - kLanes, 0, 2 * limit)];
   }
 
   float at(int64_t distance) const { return table_[clamp(distance, -limit_, limit_) + limit_ + kLanes]; }
