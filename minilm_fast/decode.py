@@ -43,6 +43,7 @@ _ANSWER_OPTIONS = (
     "pos_shift",
     "need_score_traces",
 )
+_ORIGINAL_BATCH_SIZE = 4
 _KEPT = ("text", "source_length", "truncated", "unknown")
 
 
@@ -122,8 +123,8 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add(
         "--batch_size",
         type=int,
-        default=4,
-        help="sentences decoded side by side; changes no answer, but the padding of traces (default: 4)",
+        help="sentences decoded side by side; changes no answer, only the padding of traces (default: 32, and traces "
+        "as with the original's default of 4)",
     )
     add("--threads", type=int, help="of this process (default: all cores, shared among the processes of torchrun)")
     add(
@@ -139,7 +140,10 @@ def search_options(args: argparse.Namespace) -> SearchOptions:
     Raises:
         UserError: a flag is out of range, or two do not go together.
     """
-    return SearchOptions(batch_size=args.batch_size, **{name: getattr(args, name) for name in _ANSWER_OPTIONS})
+    options = {name: getattr(args, name) for name in _ANSWER_OPTIONS}
+    if args.batch_size is not None:
+        options["batch_size"] = args.batch_size
+    return SearchOptions(**options)
 
 
 def find_checkpoints(pattern: str) -> list[str]:
@@ -338,7 +342,8 @@ class Decoding:
         records = [{key: record[key] for key in _KEPT} for record in results.in_order()]
         if self.options.need_score_traces:
             lengths = [record["source_length"] for record in records]
-            sizes = (self.options.batch_size, self.options.max_tgt_length, self.options.max_seq_length)
+            batch_size = self.args.batch_size or _ORIGINAL_BATCH_SIZE
+            sizes = (batch_size, self.options.max_tgt_length, self.options.max_seq_length)
             traces = (record["trace"] for record in results.in_order())
             write_traces(output.trace_path, traces, padded_lengths(lengths, *sizes))
         output.write(record["text"] for record in records)

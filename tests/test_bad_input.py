@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import minilm_fast
 from minilm_fast import decode
 from minilm_fast.decoding.inputs import read_sources
 from minilm_fast.errors import UserError
@@ -201,6 +202,11 @@ def test_empty_standard_input(run, monkeypatch):
 )
 def test_flags(flags, expected, fails):
     assert expected in fails(*MODEL, "--input_file", INPUTS, *flags)
+
+
+def test_a_backend_that_cannot_run(fails):
+    with minilm_fast.backend("triton"):
+        assert "backend 'triton' cannot run" in fails(*MODEL, "--input_file", INPUTS)
 
 
 def test_a_beam_as_large_as_the_vocabulary(run, tmp_path):

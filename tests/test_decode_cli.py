@@ -21,7 +21,6 @@ ORIGINAL_DEFAULTS = {
     "split": "",
     "subset": 0,
     "seed": 123,
-    "batch_size": 4,
     "beam_size": 1,
     "length_penalty": 0,
     "forbid_duplicate_ngrams": False,
@@ -248,4 +247,15 @@ def test_a_line_break_in_an_answer(run, tmp_path, monkeypatch):
 
 def test_options_of_the_library_and_of_the_command_agree():
     args = decode.build_parser().parse_args(["--model_path", "m", "--input_file", "i"])
-    assert decode.search_options(args) == SearchOptions(batch_size=4)
+    assert decode.search_options(args) == SearchOptions()
+
+
+def test_traces_are_padded_as_with_the_originals_default(run, tmp_path):
+    """Without --batch_size more sentences are decoded side by side than the original's 4, and no file shows it."""
+    inputs = write_inputs(tmp_path / "in", [["gota"] * length for length in (1, 9, 3, 7, 5, 2)])
+    flags = ["--max_seq_length", "64", "--max_tgt_length", "8", "--beam_size", "2", "--need_score_traces"]
+    argv = ["--model_path", TINY, *TOKENIZER, *flags, "--input_file", inputs, "--output_file", tmp_path / "out"]
+    assert run(*argv).status == 0
+    frames = [len(trace["scores"]) for trace in safe_pickle.load_traces(tmp_path / "out.trace.pickle")]
+    # Batches of 9, 7, 5, 3 and of 2, 1 tokens; two special tokens and the target are added.
+    assert frames == [2 + 2 + 8, 9 + 2 + 8, 9 + 2 + 8, 9 + 2 + 8, 9 + 2 + 8, 2 + 2 + 8]

@@ -116,7 +116,14 @@ def set_threads(requested: int | None, group: Group, environment: Mapping[str, s
     if requested is not None:
         torch.set_num_threads(requested)
     elif chosen is None and group.local_size > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // group.local_size))
+        torch.set_num_threads(max(1, _cores() // group.local_size))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -15,11 +15,17 @@ from collections.abc import Iterator
 
 import torch
 
+from minilm_fast.errors import UserError
+
 PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _local = threading.local()
 _warned: set[str] = set()
+
+
+class BackendError(UserError, RuntimeError):
+    """A forced backend cannot run an operator; the message says why."""
 
 
 def _load_extension() -> str | None:
@@ -37,7 +43,7 @@ EXTENSION_ERROR = _load_extension()
 def _environment_backend() -> str | None:
     name = os.environ.get("MINILM_FAST_BACKEND") or None
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"MINILM_FAST_BACKEND={name}: must be one of {', '.join(BACKENDS)}")
+        raise UserError(f"MINILM_FAST_BACKEND={name}: must be one of {', '.join(BACKENDS)}")
     return name
 
 
@@ -58,7 +64,7 @@ def backend(name: str | None) -> Iterator[None]:
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: raised by the operator, when the forced backend cannot run it; the message says why.
+        BackendError: raised by the operator, when the forced backend cannot run it; the message says why.
     """
     global _default_backend
     if name is not None and name not in BACKENDS:
@@ -92,7 +98,7 @@ def select(operator: str, *tensors: torch.Tensor | None) -> str:
     """Picks the backend that runs ``operator`` on these tensors.
 
     Raises:
-        RuntimeError: a forced backend cannot run it.
+        BackendError: a forced backend cannot run it.
     """
     device = next(t.device.type for t in tensors if t is not None)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -100,7 +106,7 @@ def select(operator: str, *tensors: torch.Tensor | None) -> str:
     if forced is not None:
         reason = unusable(forced, operator, device, needs_grad)
         if reason is not None:
-            raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reason}")
+            raise BackendError(f"backend {forced!r} cannot run {operator}: {reason}")
         return forced
     reasons: list[str] = []
     for name in PRIORITY.get(device, ("reference",)):
