@@ -106,7 +106,6 @@ def _systems(results: dict[str, Any]) -> str:
     for system in results["systems"]:
         series = Series(system["batch"])
         cpu, wall = series.median("cpu"), series.median("wall")
-        steps = results["workload"]["steps"] * results["workload"]["batch"]
         low, high = series.spread("cpu")
         rows.append(
             [
@@ -114,13 +113,13 @@ def _systems(results: dict[str, Any]) -> str:
                 f"{cpu:.3f} ({low:.3f}-{high:.3f})",
                 f"{wall:.3f}",
                 f"{1e3 * cpu * results['workload']['batch'] / results['workload']['steps']:,.0f}",
-                f"{steps * len(series.runs) // results['workload']['batch']}",
+                f"{sum(run['steps'] for run in series.runs)}",
                 f"{100 * _limit(results, system) / cpu:.0f}%",
                 f"{system['memory'] / 1e6:,.0f}",
                 f"{sum(run['others'] for run in series.runs) / len(series.runs):.1f}",
             ]
         )
-    header = ["a sequence", "cpu-s", "wall s", "cpu-ms/step", "steps run", "of the limit", "peak MB", "others"]
+    header = ["a sequence", "cpu-s", "wall s", "cpu-ms a batch step", "steps measured", "of the limit", "peak MB", "others"]
     return table(header, rows)
 
 
@@ -131,7 +130,7 @@ def _ratios(results: dict[str, Any]) -> str:
         return ""
     rows = [
         [
-            f"{_label(mine)} is faster than",
+            _label(mine),
             *(
                 f"{Series(peer['batch']).ratio_to(Series(mine['batch']), 'cpu'):.2f}x "
                 f"({Series(peer['batch']).ratio_to(Series(mine['batch']), 'wall'):.2f}x)"
@@ -140,7 +139,7 @@ def _ratios(results: dict[str, Any]) -> str:
         ]
         for mine in ours
     ]
-    return table(["cpu-s (wall)", *map(_label, others)], rows)
+    return table(["times faster by cpu-s (by wall) than", *map(_label, others)], rows)
 
 
 def _alone(results: dict[str, Any]) -> str:
@@ -210,10 +209,10 @@ def _plot_systems(axis: Any, results: dict[str, Any]) -> None:
     values = [Series(system["batch"]).median("cpu") for system in systems]
     colours = ["tab:blue" if system["name"] == OURS else "tab:gray" for system in systems]
     bars = axis.barh([_label(system) for system in systems], values, color=colours)
-    axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=3)
-    axis.set_xlabel("CPU-seconds a sequence (less is better)")
-    if max(values) > 10 * min(values):
-        axis.set_xscale("log")
+    axis.bar_label(bars, labels=[f"{value:.3g}" for value in values], padding=3)
+    logarithmic = max(values) > 10 * min(values)
+    axis.set_xscale("log" if logarithmic else "linear")
+    axis.set_xlabel("CPU-seconds a sequence, less is better" + (" (logarithmic)" if logarithmic else ""))
     axis.margins(x=0.15)
 
 
@@ -228,6 +227,7 @@ def _plot_breakdowns(axis: Any, systems: list[dict[str, Any]]) -> None:
     for name, values in [*stacks, ("everything else", rest)]:
         axis.bar(labels, values, bottom=bottom, label=name)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+    axis.set_ylim(0, 1.05 * largest)
     axis.set_ylabel(f"wall seconds of one batch, {OURS}")
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 

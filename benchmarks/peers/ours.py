@@ -34,7 +34,8 @@ class MinilmFast(Peer):
         return f"minilm_fast {minilm_fast.__version__}, torch {torch.__version__}"
 
     def settings(self) -> str:
-        return f"backend {self.backend}, {self.job.threads} threads"
+        slow = " (the extension is not in use: slow)" if self.backend == "reference" else ""
+        return f"backend {self.backend}{slow}, {self.job.threads} threads"
 
     def build(self) -> None:
         import torch
