@@ -119,7 +119,7 @@ def _systems(results: dict[str, Any]) -> str:
                 f"{sum(run['others'] for run in series.runs) / len(series.runs):.1f}",
             ]
         )
-    header = ["a sequence", "cpu-s", "wall s", "cpu-ms a batch step", "steps measured", "of the limit", "peak MB", "others"]
+    header = ["a sequence", "cpu-s", "wall s", "cpu-ms a step", "steps measured", "of the limit", "peak MB", "others"]
     return table(header, rows)
 
 
