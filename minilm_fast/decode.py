@@ -249,7 +249,7 @@ class Decoding:
         kinds = mixture(sources)
         if kinds:
             self._note(
-                f"{name} mixes texts (first in line {kinds[0]}) and lists of tokens (first in line {kinds[1]}); each "
+                f"{'standard input' if name == STANDARD else name} mixes texts (first in line {kinds[0]}) and lists of tokens (first in line {kinds[1]}); each "
                 f"line is read as what it is"
             )
         return sources
