@@ -248,8 +248,9 @@ class Decoding:
         sources = read_sources(name, max(0, self.args.subset))
         kinds = mixture(sources)
         if kinds:
+            label = "standard input" if name == STANDARD else name
             self._note(
-                f"{'standard input' if name == STANDARD else name} mixes texts (first in line {kinds[0]}) and lists of tokens (first in line {kinds[1]}); each "
+                f"{label} mixes texts (first in line {kinds[0]}) and lists of tokens (first in line {kinds[1]}); each "
                 f"line is read as what it is"
             )
         return sources
