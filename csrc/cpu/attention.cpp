@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "isa.h"
 #include "scratch.h"
 #include "tasks.h"
@@ -14,41 +15,27 @@
 namespace minilm_fast {
 namespace {
 
-constexpr int64_t kMaxHeadSize = 128;
+constexpr char kOp[] = "attention";
 
 void check_rows(const char* name, const at::Tensor& x, const at::Tensor& q) {
-  TORCH_CHECK(x.device().is_cpu(), "attention: ", name, " must be on the CPU, got ", x.device());
-  TORCH_CHECK(x.sizes() == q.sizes(), "attention: ", name, " must have the shape of q ", q.sizes(), ", got ", x.sizes());
-  TORCH_CHECK(x.scalar_type() == q.scalar_type(), "attention: ", name, " must have the dtype of q ", q.scalar_type(),
-              ", got ", x.scalar_type());
-  TORCH_CHECK(x.numel() == 0 || x.size(2) == 1 || x.stride(2) == 1, "attention: the last dimension of ", name,
-              " must be contiguous, got strides ", x.strides());
-}
-
-void check_int_vector(const char* name, const at::Tensor& x, int64_t dim) {
-  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kInt && x.dim() == dim && x.is_contiguous(), "attention: ",
-              name, " must be contiguous int32 with ", dim, " dimension(s) on the CPU, got ", x.scalar_type(), " ",
-              x.sizes());
+  check_dtype(kOp, name, x, {q.scalar_type()});
+  check_shape(kOp, name, x, q.sizes());
+  check_rows_contiguous(kOp, name, x);
 }
 
 // Checks that the segments fill the sequences and the sequences the tokens; gives the longest length.
 int64_t check_layout(const at::Tensor& cu_seqlens, const at::Tensor& segments, int64_t tokens) {
-  check_int_vector("cu_seqlens", cu_seqlens, 1);
-  check_int_vector("segments", segments, 2);
+  const int32_t* counts = check_ints(kOp, "segments", segments, {-1, 3});
   const int64_t batch = segments.size(0);
-  TORCH_CHECK(segments.size(1) == 3, "attention: segments must be [batch, 3], got ", segments.sizes());
-  TORCH_CHECK(cu_seqlens.size(0) == batch + 1, "attention: cu_seqlens must have ", batch + 1,
-              " entries for segments ", segments.sizes(), ", got ", cu_seqlens.size(0));
-  const int32_t* starts = cu_seqlens.const_data_ptr<int32_t>();
-  const int32_t* counts = segments.const_data_ptr<int32_t>();
-  TORCH_CHECK(starts[0] == 0 && starts[batch] == tokens, "attention: cu_seqlens must go from 0 to the ", tokens,
+  const int32_t* starts = check_ints(kOp, "cu_seqlens", cu_seqlens, {batch + 1});
+  TORCH_CHECK(starts[0] == 0 && starts[batch] == tokens, kOp, ": cu_seqlens must go from 0 to the ", tokens,
               " tokens of q, got ", starts[0], " to ", starts[batch]);
   int64_t longest = 0;
   for (int64_t i = 0; i < batch; ++i) {
     const int32_t* c = counts + 3 * i;
-    TORCH_CHECK(c[0] >= 0 && c[1] >= 0 && c[2] >= 0, "attention: segments[", i, "] holds a negative count");
+    TORCH_CHECK(c[0] >= 0 && c[1] >= 0 && c[2] >= 0, kOp, ": segments[", i, "] holds a negative count");
     const int64_t length = int64_t{c[0]} + c[1] + c[2];
-    TORCH_CHECK(int64_t{starts[i + 1]} - starts[i] == length, "attention: segments[", i, "] adds up to ", length,
+    TORCH_CHECK(int64_t{starts[i + 1]} - starts[i] == length, kOp, ": segments[", i, "] adds up to ", length,
                 " tokens, cu_seqlens says ", int64_t{starts[i + 1]} - starts[i]);
     longest = std::max(longest, length);
   }
@@ -56,16 +43,9 @@ int64_t check_layout(const at::Tensor& cu_seqlens, const at::Tensor& segments, i
 }
 
 void set_bias(AttentionProblem& problem, const at::Tensor& bias, const at::Tensor& positions) {
-  TORCH_CHECK(bias.device().is_cpu() && bias.scalar_type() == at::kFloat && bias.dim() == 2 && bias.is_contiguous() &&
-                  bias.size(0) == problem.heads && bias.size(1) % 2 == 1,
-              "attention: relative_bias must be contiguous fp32 [heads = ", problem.heads, ", odd], got ",
-              bias.scalar_type(), " ", bias.sizes());
-  check_int_vector("position_ids", positions, 1);
-  TORCH_CHECK(positions.size(0) == problem.tokens, "attention: position_ids must have one entry for each of the ",
-              problem.tokens, " tokens, got ", positions.size(0));
+  problem.distance_limit = check_relative_bias(kOp, bias, problem.heads);
   problem.relative_bias = bias.const_data_ptr<float>();
-  problem.distance_limit = bias.size(1) / 2;
-  problem.positions = positions.const_data_ptr<int32_t>();
+  problem.positions = check_ints(kOp, "position_ids", positions, {problem.tokens});
 }
 
 // One task for each head of each sequence; where that leaves threads idle, the rows are cut as well. A task that
@@ -85,8 +65,8 @@ std::vector<AttentionTask> make_tasks(const AttentionProblem& problem, const at:
     const int64_t rows = (length + pieces - 1) / pieces;
     for (int64_t head = 0; head < problem.heads; ++head)
       for (int64_t row = 0; row < length; row += rows)
-        tasks.push_back({starts[i], counts[3 * i], counts[3 * i + 1], counts[3 * i + 2], head, row,
-                         std::min(row + rows, length)});
+        tasks.push_back(
+            {starts[i], counts[3 * i], counts[3 * i + 1], counts[3 * i + 2], head, row, std::min(row + rows, length)});
   }
   return tasks;
 }
@@ -104,19 +84,16 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
                                              int64_t max_seqlen, double scale,
                                              const std::optional<at::Tensor>& relative_bias,
                                              const std::optional<at::Tensor>& position_ids) {
-  TORCH_CHECK(q.dim() == 3, "attention: q must be [tokens, heads, head_dim], got ", q.sizes());
-  TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16, "attention: q must be fp32 or bf16, got ",
-              q.scalar_type());
-  TORCH_CHECK(q.size(2) >= 1 && q.size(2) <= kMaxHeadSize, "attention: the head size of q must be 1 to ", kMaxHeadSize,
-              ", got ", q.size(2));
+  check_float(kOp, "q", q);
+  check_head_size(kOp, q);
   check_rows("q", q, q);
   check_rows("k", k, q);
   check_rows("v", v, q);
   const int64_t longest = check_layout(cu_seqlens, segments, q.size(0));
-  TORCH_CHECK(max_seqlen >= longest, "attention: max_seqlen is ", max_seqlen, ", the longest sequence has ", longest,
+  TORCH_CHECK(max_seqlen >= longest, kOp, ": max_seqlen is ", max_seqlen, ", the longest sequence has ", longest,
               " tokens");
-  TORCH_CHECK(relative_bias.has_value() == position_ids.has_value(),
-              "attention: relative_bias and position_ids go together");
+  TORCH_CHECK(relative_bias.has_value() == position_ids.has_value(), kOp,
+              ": relative_bias and position_ids go together");
 
   at::Tensor out = at::empty(q.sizes(), q.options());
   at::Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));

@@ -89,8 +89,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> beam_step(const at::Tensor& candi
     for (int64_t e = begin; e < end; ++e) {
       for (int64_t b = 0; b < beams; ++b) {
         const float before = (last[e * beams + b] == eos ? kForbidden : 0.0f) + sums[e * beams + b];
-        for (int64_t i = 0; i < width; ++i)
-          totals[b * width + i] = candidates[(e * beams + b) * width + i] + before;
+        for (int64_t i = 0; i < width; ++i) totals[b * width + i] = candidates[(e * beams + b) * width + i] + before;
       }
       std::iota(order.begin(), order.end(), 0);
       std::partial_sort(order.begin(), order.begin() + width, order.end(), Better{totals.data()});

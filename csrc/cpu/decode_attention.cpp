@@ -57,7 +57,8 @@ void check_examples(const at::Tensor& slots, const at::Tensor& steps, const at::
                 " slots");
     TORCH_CHECK(!used[slot[e]], kOp, ": slots holds ", slot[e], " twice");
     used[slot[e]] = 1;
-    TORCH_CHECK(step[e] >= 0 && step[e] < history, kOp, ": steps[", e, "] is ", step[e], ", the history holds ", history);
+    TORCH_CHECK(step[e] >= 0 && step[e] < history, kOp, ": steps[", e, "] is ", step[e], ", the history holds ",
+                history);
     TORCH_CHECK(lengths[slot[e]] >= 0 && lengths[slot[e]] <= capacity, kOp, ": source_lengths[", slot[e], "] is ",
                 lengths[slot[e]], ", source_k holds ", capacity);
     const int32_t* ancestors = ancestry.const_data_ptr<int32_t>() + e * beams * history;
@@ -100,8 +101,8 @@ void list_tail(DecodeGroup& group, const int32_t* ancestors, int64_t history, in
       const int32_t* own = ancestors + (group.beam_begin + b) * history;
       for (int64_t i = 0; i < group.tail_count; ++i) {
         const TailEntry& entry = tail.entries[i];
-        const bool sees = entry.row < 0 ? own[entry.step] == entry.beam
-                                        : entry.beam == group.beam_begin + b && entry.row <= row;
+        const bool sees =
+            entry.row < 0 ? own[entry.step] == entry.beam : entry.beam == group.beam_begin + b && entry.row <= row;
         if (sees) mask[i] = 0.0f;
       }
     }

@@ -31,9 +31,10 @@ void check_sequences(const at::Tensor& cu_seqlens, const at::Tensor& source_coun
   std::vector<char> used(slot_count);
   for (int64_t i = 0; i < batch; ++i) {
     TORCH_CHECK(starts[i] >= 0 && starts[i] <= starts[i + 1] && starts[i + 1] <= tokens, kOp,
-                ": cu_seqlens must ascend from 0 to the ", tokens, " tokens of k, got ", starts[i], ", ", starts[i + 1]);
-    TORCH_CHECK(counts[i] >= 0 && counts[i] <= starts[i + 1] - starts[i], kOp, ": source_counts[", i, "] is ", counts[i],
-                ", the sequence has ", starts[i + 1] - starts[i], " tokens");
+                ": cu_seqlens must ascend from 0 to the ", tokens, " tokens of k, got ", starts[i], ", ",
+                starts[i + 1]);
+    TORCH_CHECK(counts[i] >= 0 && counts[i] <= starts[i + 1] - starts[i], kOp, ": source_counts[", i, "] is ",
+                counts[i], ", the sequence has ", starts[i + 1] - starts[i], " tokens");
     TORCH_CHECK(counts[i] <= capacity, kOp, ": source_counts[", i, "] is ", counts[i], ", source_k holds ", capacity);
     TORCH_CHECK(slot[i] >= 0 && slot[i] < slot_count, kOp, ": slots[", i, "] is ", slot[i], ", there are ", slot_count,
                 " slots");

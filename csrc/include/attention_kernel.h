@@ -109,8 +109,7 @@ class AttentionHead {
     const int32_t* positions = p_.positions + t_.first;
     const float scale = static_cast<float>(p_.scale);
     for (int64_t j = 0; j < visible; j += kLanes)
-      store(scores + j,
-            load(scores + j) * scale + bias.between(positions[row], positions + first + j, visible - j));
+      store(scores + j, load(scores + j) * scale + bias.between(positions[row], positions + first + j, visible - j));
   }
 
   const AttentionProblem& p_;

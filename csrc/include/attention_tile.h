@@ -26,9 +26,9 @@ struct QueryTile {
   alignas(64) float scores[kTileRows * kScoreStride];  // then the probabilities
   alignas(64) float out[kTileRows * kMaxHeadSize];
   alignas(64) float query[kMaxHeadSize * kQueryStride];  // dimension-major
-  float factor;              // of the scores, which are in units of it, to powers of two
-  float maximum[kTileRows];  // of the scores times the factor
-  float total[kTileRows];    // of 2^(score * factor - maximum)
+  float factor;                                          // of the scores, which are in units of it, to powers of two
+  float maximum[kTileRows];                              // of the scores times the factor
+  float total[kTileRows];                                // of 2^(score * factor - maximum)
 };
 
 // A block of keys as the tile needs it: at most kKeyBlock of them. Whole vectors are read, of the keys up to
@@ -85,8 +85,7 @@ inline void score_columns(QueryTile& tile, const Block& block, int64_t size, int
 template <int Rows, class Block>
 inline void compute_scores(QueryTile& tile, const Block& block, int64_t size) {
   int64_t column = 0;
-  for (; column + kLanes < block.count; column += 2 * kLanes)
-    score_columns<Rows, 2>(tile, block, size, column);
+  for (; column + kLanes < block.count; column += 2 * kLanes) score_columns<Rows, 2>(tile, block, size, column);
   if (column < block.count) score_columns<Rows, 1>(tile, block, size, column);
 }
 
@@ -117,8 +116,7 @@ template <int Rows, class Block>
 inline void add_values(QueryTile& tile, const Block& block, int64_t size) {
   const int64_t width = round_up(size, kLanes);
   int64_t column = 0;
-  for (; column + kLanes < width; column += 2 * kLanes)
-    add_value_columns<Rows, 2>(tile, block, width, column);
+  for (; column + kLanes < width; column += 2 * kLanes) add_value_columns<Rows, 2>(tile, block, width, column);
   if (column < width) add_value_columns<Rows, 1>(tile, block, width, column);
 }
 

@@ -10,10 +10,9 @@ namespace minilm_fast {
 
 inline void check_dtype(const char* op, const char* name, const at::Tensor& x,
                         std::initializer_list<at::ScalarType> allowed) {
-  bool fits = x.device().is_cpu();
   bool found = false;
   for (const at::ScalarType type : allowed) found |= x.scalar_type() == type;
-  TORCH_CHECK(fits && found, op, ": ", name, " must be ", allowed.begin()[0], allowed.size() > 1 ? " or bfloat16" : "",
+  TORCH_CHECK(found && x.device().is_cpu(), op, ": ", name, " must be ", at::ArrayRef<at::ScalarType>(allowed),
               " on the CPU, got ", x.scalar_type(), " on ", x.device());
 }
 

@@ -42,9 +42,7 @@ class DecodeHead {
   }
 
  private:
-  int64_t row_index(int64_t beam, int64_t row) const {
-    return (g_.example * p_.beams + beam) * p_.rows + row;
-  }
+  int64_t row_index(int64_t beam, int64_t row) const { return (g_.example * p_.beams + beam) * p_.rows + row; }
   int64_t row_of_tile(int64_t r) const { return row_index(g_.beam_begin, 0) + r; }
   C* history(void* cache, int64_t step, int64_t beam) const {
     const int64_t entry = (g_.slot * p_.history_capacity + step) * p_.beams + beam;

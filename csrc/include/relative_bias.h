@@ -28,7 +28,7 @@ class DistanceBias {
     bool run = true;
     for (int64_t i = 1; i < count; ++i) run &= positions[i] == static_cast<int64_t>(positions[0]) + i;
     if (run) return consecutive(positions[0] - query);
-    Vec v;
+    Vec v = {};
     for (int64_t i = 0; i < kLanes; ++i) v[i] = at(positions[i < count ? i : count - 1] - query);
     return v;
   }

@@ -7,7 +7,12 @@
 #include <cstring>
 
 #if defined(__AVX2__)
+// GCC's own headers leave the lanes that an instruction overwrites uninitialised, and warn of it once inlined.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace minilm_fast {
@@ -216,7 +221,8 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
-// e^x to 1e-7 for -87 <= x <= 88, e^-87 below: the argument is reduced in two parts so that large ones keep their accuracy.
+// e^x to 1e-7 for -87 <= x <= 88, e^-87 below: the argument is reduced in two parts so that large ones keep their
+// accuracy.
 inline Vec exponential(Vec x) {
   x = maximum(splat(-87.0f), x);
   constexpr float kRound = 12582912.0f;
