@@ -21,7 +21,7 @@
 namespace minilm_fast {
 namespace {
 
-constexpr int64_t kVocabularyBlock = 256;
+constexpr int64_t kVocabularyBlock = 512;
 constexpr int64_t kRowChunk = 160;
 constexpr int64_t kScanStep = 64;
 constexpr float kForbidden = -10000.0f;
@@ -40,6 +40,11 @@ struct Exceptions {
   std::vector<int32_t> ids;
   std::vector<float> logits;
   std::vector<int64_t> starts;
+
+  // Index of a row's first exception with at least this id.
+  int64_t first_from(int64_t row, int64_t id) const {
+    return std::lower_bound(ids.begin() + starts[row], ids.begin() + starts[row + 1], id) - ids.begin();
+  }
 
   bool contains(int64_t row, int32_t id) const {
     return std::binary_search(ids.begin() + starts[row], ids.begin() + starts[row + 1], id);
@@ -70,9 +75,10 @@ struct Partial {
   int64_t row, row_count, k;
   std::vector<Candidate> heaps;
   std::vector<int64_t> sizes;
+  std::vector<int64_t> next_exception;  // of each row: the first one not yet passed
 
   Partial(int64_t row, int64_t row_count, int64_t k)
-      : row(row), row_count(row_count), k(k), heaps(row_count * k), sizes(row_count) {}
+      : row(row), row_count(row_count), k(k), heaps(row_count * k), sizes(row_count), next_exception(row_count) {}
 
   Candidate* begin(int64_t m) { return heaps.data() + (m - row) * k; }
   int64_t& size(int64_t m) { return sizes[m - row]; }
@@ -106,6 +112,8 @@ struct Head {
   void scan(int64_t first_block, int64_t last_block, Partial& best) {
     static thread_local Scratch scratch;
     float* logits = reinterpret_cast<float*>(scratch.get(kRowChunk * kVocabularyBlock * sizeof(float)));
+    for (int64_t m = best.row; m < best.row + best.row_count; ++m)
+      best.next_exception[m - best.row] = exceptions.first_from(m, first_block * kVocabularyBlock);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t column = block * kVocabularyBlock;
       const int64_t columns = std::min(kVocabularyBlock, weight.n - column);
@@ -142,7 +150,7 @@ struct Head {
     sums[block * row_count + m] = scan_kernels.sum_exp(logits, columns, shift);
 
     const int32_t first = static_cast<int32_t>(block * kVocabularyBlock);
-    take_exceptions(m, first, columns, logits);
+    take_exceptions(m, first, columns, logits, best);
     int64_t i = 0;
     for (; i < columns && (best.size(m) < k || i % kScanStep != 0); ++i)
       if (logits[i] != -kInfinity || !exceptions.contains(m, first + i))
@@ -158,12 +166,12 @@ struct Head {
   }
 
   // Keeps the logits of the row's exceptions in this block and hides them from the search.
-  void take_exceptions(int64_t m, int32_t first, int64_t columns, float* logits) {
-    const auto end = exceptions.ids.begin() + exceptions.starts[m + 1];
-    auto id = std::lower_bound(exceptions.ids.begin() + exceptions.starts[m], end, first);
-    for (; id != end && *id < first + columns; ++id) {
-      exceptions.logits[id - exceptions.ids.begin()] = logits[*id - first];
-      logits[*id - first] = -kInfinity;
+  void take_exceptions(int64_t m, int32_t first, int64_t columns, float* logits, Partial& best) {
+    int64_t& next = best.next_exception[m - best.row];
+    for (; next < exceptions.starts[m + 1] && exceptions.ids[next] < first + columns; ++next) {
+      float& logit = logits[exceptions.ids[next] - first];
+      exceptions.logits[next] = logit;
+      logit = -kInfinity;
     }
   }
 

@@ -8,7 +8,7 @@ namespace {
 // 1 / x, to an ulp or two, for normal x.
 inline Float reciprocal(Float x) {
 #ifdef __AVX512F__
-  const Float r = reinterpret_cast<Float>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+  const Float r = reinterpret_cast<Float>(_mm512_maskz_rcp14_ps(kAllLanes, reinterpret_cast<__m512>(x)));
   return r * (2.0f - x * r);
 #else
   return 1.0f / x;

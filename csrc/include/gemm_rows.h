@@ -51,7 +51,9 @@ struct Linear {
 };
 
 struct Tiled {
-  static constexpr int64_t row(int64_t m, int64_t padded, int64_t bytes) { return m / 16 * 16 * padded + m % 16 * (64 / bytes); }
+  static constexpr int64_t row(int64_t m, int64_t padded, int64_t bytes) {
+    return m / 16 * 16 * padded + m % 16 * (64 / bytes);
+  }
   static constexpr int64_t element(int64_t i, int64_t bytes) {
     const int64_t width = 64 / bytes;
     return i / width * 16 * width + i % width;
@@ -110,9 +112,8 @@ void quantize_row(const T* row, int64_t k, int32_t offset, Integer* out, float& 
   int64_t done = 0;
   if (finite && scale > kSmall) {
     const float inverse = 1.0f / scale;
-    for_each_vector(row, k, [&](int64_t i, Float x) {
-      write(i, as_int(divide(x, scale, inverse) + kRound) - kRoundBits);
-    });
+    for_each_vector(row, k,
+                    [&](int64_t i, Float x) { write(i, as_int(divide(x, scale, inverse) + kRound) - kRoundBits); });
     done = round_up(k, kWidth);
   } else if (finite && scale > 0.0f) {
     for_each_vector(row, k, [&](int64_t i, Float x) {

@@ -11,32 +11,55 @@
 namespace minilm_fast::gemm {
 namespace {
 
-// The largest register tile: accumulators, one step's weights and one broadcast element fill the registers.
-#if defined(__AVX512F__)
-constexpr int kTileRows = 8, kTilePanels = 3;
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6, kTilePanels = 1;
-#elif defined(__aarch64__)
-constexpr int kTileRows = 5, kTilePanels = 1;
-#else
-constexpr int kTileRows = 2, kTilePanels = 1;
-#endif
 constexpr int kPanelVectors = kPanel / kWidth;
+constexpr int64_t kStepBytes = kPanel * 4;
+constexpr int64_t kChunkSteps = 8;
 
-// How a kernel reads the 16 lanes of 32 bits that hold a panel's weights of one or two consecutive k.
+// How a kernel multiplies one step: the k whose weights fill one 32-bit lane of each feature. A policy has
+//   kFormat      the format of the weights,
+//   kRowBytes    bytes of a packed row that a step takes,
+//   kTileRows, kTilePanels  the largest register tile: accumulators, weights and an element fill the registers,
+//   Weights      the weights of a vector of features, and load() that reads them,
+//   Accumulator  the sums of a vector of features, add() a step to it, and total() their final values.
 struct Fp32 {
   static constexpr Format kFormat = Format::kFp32;
-  static constexpr int kValues = 1;
-  static void widen(const char* p, Float (&w)[1]) { w[0] = load(reinterpret_cast<const float*>(p)); }
+  static constexpr int64_t kRowBytes = 4;
+#if defined(__AVX512F__)
+  static constexpr int kTileRows = 8, kTilePanels = 3;
+#elif defined(__AVX2__)
+  static constexpr int kTileRows = 6, kTilePanels = 1;
+#elif defined(__aarch64__)
+  static constexpr int kTileRows = 5, kTilePanels = 1;
+#else
+  static constexpr int kTileRows = 2, kTilePanels = 1;
+#endif
+  using Weights = Float;
+  using Accumulator = Float;
+  using Sum = float;
+
+  static Weights load(const char* p) { return minilm_fast::load(reinterpret_cast<const float*>(p)); }
+  static void add(Accumulator& sum, const char* row, Weights w) {
+    sum += splat(*reinterpret_cast<const float*>(row)) * w;
+  }
+  static Float total(const Product&, int64_t, Accumulator sum) { return sum; }
 };
 
-struct Bf16 {
+// Weights in bf16 and rows rounded to it, multiplied in fp32.
+struct Bf16 : Fp32 {
   static constexpr Format kFormat = Format::kBf16;
-  static constexpr int kValues = 2;
-  static void widen(const char* p, Float (&w)[2]) {
+  static constexpr int64_t kRowBytes = 8;
+  struct Weights {
+    Float even, odd;
+  };
+
+  static Weights load(const char* p) {
     const Int pair = load_int(p);
-    w[0] = as_float(pair << 16);
-    w[1] = as_float(pair & static_cast<int32_t>(0xffff0000));
+    return {as_float(pair << 16), as_float(pair & static_cast<int32_t>(0xffff0000))};
+  }
+  static void add(Accumulator& sum, const char* row, const Weights& w) {
+    const float* x = reinterpret_cast<const float*>(row);
+    sum += splat(x[0]) * w.even;
+    sum += splat(x[1]) * w.odd;
   }
 };
 
@@ -49,83 +72,88 @@ inline const char* panel_address(const Product& product, int64_t panel) {
   return weight.panels + (product.column / kPanel + panel) * panel_bytes(weight.format, weight.k);
 }
 
-template <class Element, int kRows, int kPanels>
-void multiply_floats(const Product& product, int64_t row, int64_t panel, float* sums) {
-  constexpr int kVectors = kPanels * kPanelVectors;
-  const int64_t k = product.weight->k;
-  const int64_t bytes = panel_bytes(Element::kFormat, k);
-  const char* weights = panel_address(product, panel);
-  const float* rows[kRows];
-  for (int m = 0; m < kRows; ++m) rows[m] = reinterpret_cast<const float*>(row_address(product, row + m));
-  Float sum[kRows][kVectors] = {};
-  for (int64_t i = 0; i < k; i += Element::kValues) {
-    Float w[kVectors][Element::kValues];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v)
-      Element::widen(weights + v / kPanelVectors * bytes + v % kPanelVectors * kVectorBytes, w[v]);
-    weights += kPanel * 4;
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 2
-      for (int j = 0; j < Element::kValues; ++j) {
-        const Float x = splat(rows[m][i + j]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[m][v] += x * w[v][j];
-      }
-    }
+// A part of memory to bring into the second-level cache during a tile's multiplication.
+struct Prefetch {
+  const char* next;
+  int64_t lines_a_chunk;
+
+  void fetch_chunk() {
+    for (int64_t line = 0; line < lines_a_chunk; ++line, next += kLine) __builtin_prefetch(next, 0, 2);
   }
+  static constexpr int64_t kLine = 64;
+};
+
+template <class P, int kRows, int kPanels, int kVectors>
+inline void multiply_step(typename P::Accumulator (&sum)[kRows][kVectors], const char* const (&rows)[kRows],
+                          const char* weights, int64_t panel_stride, int64_t step) {
+  typename P::Weights w[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v)
+    w[v] = P::load(weights + v / kPanelVectors * panel_stride + step * kStepBytes + v % kPanelVectors * kVectorBytes);
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(sums + (m * kVectors + v) * kWidth, sum[m][v]);
+    for (int v = 0; v < kVectors; ++v) P::add(sum[m][v], rows[m] + step * P::kRowBytes, w[v]);
 }
 
-typedef void (*TileFunction)(const Product& product, int64_t row, int64_t panel, float* sums);
+template <class P, int kRows, int kPanels>
+void multiply_tile(const Product& product, int64_t row, int64_t panel, Prefetch prefetch, typename P::Sum* sums) {
+  constexpr int kVectors = kPanels * kPanelVectors;
+  const int64_t bytes = panel_bytes(P::kFormat, product.weight->k), steps = bytes / kStepBytes;
+  const char* weights = panel_address(product, panel);
+  const char* rows[kRows];
+  for (int m = 0; m < kRows; ++m) rows[m] = row_address(product, row + m);
+  typename P::Accumulator sum[kRows][kVectors] = {};
+  int64_t step = 0;
+  for (int64_t end = kChunkSteps; end <= steps; end += kChunkSteps) {
+    prefetch.fetch_chunk();
+    for (; step < end; ++step) multiply_step<P, kRows, kPanels>(sum, rows, weights, bytes, step);
+  }
+  for (; step < steps; ++step) multiply_step<P, kRows, kPanels>(sum, rows, weights, bytes, step);
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t feature = product.column + panel * kPanel + v * kWidth;
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) store(sums + (m * kVectors + v) * kWidth, P::total(product, feature, sum[m][v]));
+  }
+}
 
-template <class Element, int kPanels, int... kRows>
-TileFunction tile_function(int64_t rows, std::integer_sequence<int, kRows...>) {
-  static constexpr TileFunction kTable[] = {multiply_floats<Element, kRows + 1, kPanels>...};
+template <class P, int kPanels, int... kRows>
+auto tile_function(int64_t rows, std::integer_sequence<int, kRows...>) {
+  typedef void (*Function)(const Product&, int64_t, int64_t, Prefetch, typename P::Sum*);
+  static constexpr Function kTable[] = {multiply_tile<P, kRows + 1, kPanels>...};
   return kTable[rows - 1];
 }
 
 // All rows times the panels from `panel` on, kPanels at a time, then what is left with narrower tiles. The weights of
 // kPanels panels stay in the second-level cache while the rows pass by.
-template <class Element, int kPanels>
+template <class P, int kPanels>
 void multiply_panels(const Product& product, int64_t panel) {
   const int64_t panels = round_up(product.columns, kPanel) / kPanel;
-  const int64_t tiles = (product.row_count + kTileRows - 1) / kTileRows;
-  alignas(64) float sums[kTileRows * kPanels * kPanel];
+  const int64_t tiles = (product.row_count + P::kTileRows - 1) / P::kTileRows;
+  alignas(64) typename P::Sum sums[P::kTileRows * kPanels * kPanel];
+  const int64_t group_bytes = kPanels * panel_bytes(P::kFormat, product.weight->k);
+  const int64_t chunks = group_bytes / kPanels / kStepBytes / kChunkSteps + 1;
   for (; panel + kPanels <= panels; panel += kPanels) {
+    const char* next_group = panel_address(product, panel + kPanels);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = tile * product.row_count / tiles;
       const int64_t rows = (tile + 1) * product.row_count / tiles - row;
-      tile_function<Element, kPanels>(rows, std::make_integer_sequence<int, kTileRows>())(product, row, panel, sums);
-      finish_rows<float>(product, {sums, row, panel, kPanels}, 0, rows);
+      // Each tile fetches its share of the next group of panels.
+      const int64_t share = group_bytes / tiles;
+      const Prefetch prefetch = {next_group + tile * share, (share / chunks + Prefetch::kLine - 1) / Prefetch::kLine};
+      tile_function<P, kPanels>(rows, std::make_integer_sequence<int, P::kTileRows>())(product, row, panel, prefetch,
+                                                                                       sums);
+      finish_rows<typename P::Sum>(product, {sums, row, panel, kPanels}, 0, rows);
     }
   }
   if constexpr (kPanels > 1)
-    if (panel < panels) multiply_panels<Element, kPanels - 1>(product, panel);
+    if (panel < panels) multiply_panels<P, kPanels - 1>(product, panel);
 }
 
-template <class Element>
-void multiply_floats(const Product& product) {
-  multiply_panels<Element, kTilePanels>(product, 0);
-}
-
-void multiply_int8(const Product& product) {
-  const int64_t padded = padded_k(Format::kInt8, product.weight->k);
-  const int64_t panels = round_up(product.columns, kPanel) / kPanel;
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const int8_t* weights = reinterpret_cast<const int8_t*>(panel_address(product, panel));
-    for (int64_t m = 0; m < product.row_count; ++m) {
-      const int16_t* x = reinterpret_cast<const int16_t*>(row_address(product, m));
-      int32_t sums[kPanel] = {};
-      for (int64_t i = 0; i < padded; i += 4)
-        for (int64_t j = 0; j < kPanel; ++j)
-          for (int64_t l = 0; l < 4; ++l) sums[j] += x[i + l] * weights[i * kPanel + j * 4 + l];
-      finish_rows<int32_t>(product, {sums, m, panel, 1}, 0, 1);
-    }
-  }
+template <class P>
+void multiply(const Product& product) {
+  multiply_panels<P, P::kTilePanels>(product, 0);
 }
 
 }  // namespace

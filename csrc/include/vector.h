@@ -1,6 +1,6 @@
 #pragma once
 
-#ifdef __AVX512F__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -28,6 +28,7 @@ typedef int32_t UnalignedInt __attribute__((vector_size(kVectorBytes), aligned(1
 inline Float load(const float* p) { return *reinterpret_cast<const UnalignedFloat*>(p); }
 inline Int load_int(const void* p) { return *reinterpret_cast<const UnalignedInt*>(p); }
 inline void store(float* p, Float x) { *reinterpret_cast<UnalignedFloat*>(p) = x; }
+inline void store(int32_t* p, Int x) { *reinterpret_cast<UnalignedInt*>(p) = x; }
 inline Float splat(float x) { return x - Float{}; }
 inline Int splat_int(int32_t x) { return x - Int{}; }
 inline Float as_float(Int x) { return reinterpret_cast<Float>(x); }
@@ -90,10 +91,16 @@ inline void store_part(T* p, Float x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = values[i];
 }
 
+#ifdef __AVX512F__
+// The intrinsics without a mask start from an undefined register, of which some compilers warn.
+constexpr __mmask16 kAllLanes = 0xffff;
+#endif
+
 // Of two numbers; the second argument where one of them is a NaN.
 inline Float minimum(Float x, Float y) {
 #ifdef __AVX512F__
-  return reinterpret_cast<Float>(_mm512_min_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y)));
+  return reinterpret_cast<Float>(
+      _mm512_maskz_min_ps(kAllLanes, reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y)));
 #else
   return x < y ? x : y;
 #endif
@@ -101,7 +108,8 @@ inline Float minimum(Float x, Float y) {
 
 inline Float maximum(Float x, Float y) {
 #ifdef __AVX512F__
-  return reinterpret_cast<Float>(_mm512_max_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y)));
+  return reinterpret_cast<Float>(
+      _mm512_maskz_max_ps(kAllLanes, reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y)));
 #else
   return x > y ? x : y;
 #endif
@@ -109,7 +117,8 @@ inline Float maximum(Float x, Float y) {
 
 inline Int maximum(Int x, Int y) {
 #ifdef __AVX512F__
-  return reinterpret_cast<Int>(_mm512_max_epi32(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(y)));
+  return reinterpret_cast<Int>(
+      _mm512_maskz_max_epi32(kAllLanes, reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(y)));
 #else
   return x > y ? x : y;
 #endif
@@ -117,26 +126,53 @@ inline Int maximum(Int x, Int y) {
 
 inline Float absolute(Float x) { return as_float(as_int(x) & 0x7fffffff); }
 
-inline bool any(Int mask) {
-  int32_t bits = 0;
-  for (int i = 0; i < kWidth; ++i) bits |= mask[i];
-  return bits != 0;
+// Bit i is set where lane i of x is greater than that of y.
+inline uint32_t greater_lanes(Float x, Float y) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(x > y));
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(reinterpret_cast<__m128>(x > y));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < kWidth; ++i) lanes |= static_cast<uint32_t>(x[i] > y[i]) << i;
+  return lanes;
+#endif
 }
 
-// exp(x) for x <= 0 (to 2e-7 relative); below -87, where it leaves the normal range, exp(-87). A NaN stays one.
+// Lanes combined pairwise, halves with halves, so that it takes few steps and the order is fixed.
+template <class Combine>
+inline float reduce_lanes(Float x, Combine combine) {
+  float lanes[kWidth];
+  store(lanes, x);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+inline float sum_lanes(Float x) {
+  return reduce_lanes(x, [](float a, float b) { return a + b; });
+}
+
+inline float largest_lane(Float x) {
+  return reduce_lanes(x, [](float a, float b) { return a > b ? a : b; });
+}
+
+// exp(x) for x <= 0, to 2e-7 of the larger of it and exp(-1); below -87, where it leaves the normal range, exp(-87).
+// A NaN stays one.
 inline Float exp_negative(Float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  x = x < -87.0f ? splat(-87.0f) : x;
-  const Float shifted = x * 1.44269504f + kRound;
-  const Float n = shifted - kRound;
-  Float r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Float p = splat(1.0f / 720);
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
+  constexpr float kLog2E = 1.44269504f;
+  x = maximum(splat(-87.0f), x);
+  const Float shifted = x * kLog2E + kRound;
+  const Float r = x * kLog2E - (shifted - kRound);
+  // 2^r on [-1/2, 1/2], the minimax polynomial of the relative error, its constant made 1.
+  Float p = splat(0.0013276472454890609f);
+  p = p * r + 0.009675540961325169f;
+  p = p * r + 0.05550713092088699f;
+  p = p * r + 0.24022120237350464f;
+  p = p * r + 0.6931469440460205f;
   p = p * r + 1.0f;
   return p * as_float((as_int(shifted) << 23) + 0x3f800000);
 }
