@@ -15,6 +15,7 @@ inline __m512i splat_lane(const char* row) {
 struct DotBf16 {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr int64_t kRowBytes = 4;
+  static constexpr int64_t kBlockSteps = 64;
   static constexpr int kTileRows = 8, kTilePanels = 3;
   using Weights = __m512i;
   using Accumulator = __m512;
@@ -32,6 +33,7 @@ struct DotBf16 {
 struct DotInt8 {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr int64_t kRowBytes = 4;
+  static constexpr int64_t kBlockSteps = kUnlimited;
   static constexpr int kTileRows = 8, kTilePanels = 3;
   using Weights = __m512i;
   using Accumulator = Int;

@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "packed_weight.h"
 #include "scratch.h"
 
@@ -43,15 +44,13 @@ at::Tensor linear(const at::Tensor& x_any, const at::Tensor& blob, const std::op
   const at::Tensor x = check_rows("linear", x_any);
   const gemm::Weight weight = open_packed_weight("linear", blob, format, out_features, x.size(1));
   TORCH_CHECK(activation == 0 || activation == 1, "linear: activation must be 0 (none) or 1 (GELU), got ", activation);
-  at::Tensor bias_vector;
-  if (bias.has_value()) bias_vector = check_bias("linear", *bias, out_features);
   const int64_t m = x.size(0), n = out_features;
   at::Tensor out = at::empty({m, n}, x.options());
   if (m == 0 || n == 0) return out;
 
   gemm::Product product = {};
   product.weight = &weight;
-  product.bias = bias_vector.defined() ? bias_vector.const_data_ptr<float>() : nullptr;
+  product.bias = bias.has_value() ? check_floats("linear", "bias", *bias, {out_features}) : nullptr;
   product.out = out.data_ptr();
   product.out_stride = n;
   product.out_bf16 = x.scalar_type() == at::kBFloat16;

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "lm_head.h"
 #include "packed_weight.h"
 #include "scratch.h"
@@ -51,7 +52,8 @@ struct Exceptions {
   }
 };
 
-Exceptions list_exceptions(int64_t rows, const at::Tensor& banned, int32_t suppress_id, const bool* suppress) {
+Exceptions list_exceptions(int64_t rows, int64_t vocab_size, const at::Tensor& banned, int32_t suppress_id,
+                           const bool* suppress) {
   Exceptions result;
   result.starts.reserve(rows + 1);
   result.starts.push_back(0);
@@ -59,8 +61,11 @@ Exceptions list_exceptions(int64_t rows, const at::Tensor& banned, int32_t suppr
   const int32_t* data = width ? banned.const_data_ptr<int32_t>() : nullptr;
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t start = result.starts.back();
-    for (int64_t j = 0; j < width; ++j)
-      if (data[m * width + j] >= 0) result.ids.push_back(data[m * width + j]);
+    for (int64_t j = 0; j < width; ++j) {
+      const int32_t id = data[m * width + j];
+      TORCH_CHECK(id < vocab_size, "lm_head_topk: banned holds the id ", id, ", beyond the vocabulary of ", vocab_size);
+      if (id >= 0) result.ids.push_back(id);
+    }
     if (suppress && suppress[m]) result.ids.push_back(suppress_id);
     std::sort(result.ids.begin() + start, result.ids.end());
     result.ids.erase(std::unique(result.ids.begin() + start, result.ids.end()), result.ids.end());
@@ -241,19 +246,15 @@ std::vector<std::unique_ptr<Partial>> search(Head& head) {
   return partials;
 }
 
-at::Tensor check_banned(const at::Tensor& banned, int64_t rows, int64_t vocab_size) {
-  TORCH_CHECK(banned.scalar_type() == at::kInt && banned.dim() == 2 && banned.size(0) == rows,
-              "lm_head_topk: banned must be int32 [", rows, ", J], got ", banned.scalar_type(), " of shape ",
-              banned.sizes());
-  TORCH_CHECK(banned.numel() == 0 || banned.max().item<int32_t>() < vocab_size,
-              "lm_head_topk: banned holds an id beyond the vocabulary of ", vocab_size);
+at::Tensor check_banned(const at::Tensor& banned, int64_t rows) {
+  check_dtype("lm_head_topk", "banned", banned, {at::kInt});
+  check_shape("lm_head_topk", "banned", banned, {rows, -1});
   return banned.contiguous();
 }
 
 at::Tensor check_suppress(const at::Tensor& suppress, int64_t rows, int64_t suppress_id, int64_t vocab_size) {
-  TORCH_CHECK(suppress.scalar_type() == at::kBool && suppress.dim() == 1 && suppress.size(0) == rows,
-              "lm_head_topk: suppress must be bool [", rows, "], got ", suppress.scalar_type(), " of shape ",
-              suppress.sizes());
+  check_dtype("lm_head_topk", "suppress", suppress, {at::kBool});
+  check_shape("lm_head_topk", "suppress", suppress, {rows});
   TORCH_CHECK(suppress_id >= 0 && suppress_id < vocab_size, "lm_head_topk: suppress_id must be from 0 to ",
               vocab_size - 1, ", got ", suppress_id);
   return suppress.contiguous();
@@ -267,12 +268,12 @@ std::tuple<at::Tensor, at::Tensor> lm_head_topk(const at::Tensor& x_any, const a
                                                 const std::optional<at::Tensor>& suppress) {
   const at::Tensor x = check_rows("lm_head_topk", x_any);
   const gemm::Weight weight = open_packed_weight("lm_head_topk", blob, format, vocab_size, x.size(1));
-  const at::Tensor bias_vector = check_bias("lm_head_topk", bias, vocab_size);
+  const float* bias_values = check_floats("lm_head_topk", "bias", bias, {vocab_size});
   TORCH_CHECK(k >= 1 && k <= vocab_size, "lm_head_topk: k must be from 1 to the vocabulary's ", vocab_size, ", got ",
               k);
   const int64_t rows = x.size(0);
   at::Tensor banned_ids, suppressed;
-  if (banned.has_value()) banned_ids = check_banned(*banned, rows, vocab_size);
+  if (banned.has_value()) banned_ids = check_banned(*banned, rows);
   if (suppress.has_value()) suppressed = check_suppress(*suppress, rows, suppress_id, vocab_size);
   at::Tensor values = at::empty({rows, k}, x.options().dtype(at::kFloat));
   at::Tensor ids = at::empty({rows, k}, x.options().dtype(at::kInt));
@@ -284,11 +285,11 @@ std::tuple<at::Tensor, at::Tensor> lm_head_topk(const at::Tensor& x_any, const a
   Head head = {product_kernels,
                lm_head::kernels(current_isa()),
                weight,
-               bias_vector.const_data_ptr<float>(),
+               bias_values,
                prepare_rows(product_kernels, weight, source_rows(x), 0, rows, static_cast<char*>(storage.data_ptr())),
                rows,
                k,
-               list_exceptions(rows, banned_ids, static_cast<int32_t>(suppress_id), suppress_rows),
+               list_exceptions(rows, vocab_size, banned_ids, static_cast<int32_t>(suppress_id), suppress_rows),
                {},
                {}};
   head.maxima.resize(head.blocks() * rows);

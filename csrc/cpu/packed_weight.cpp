@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "checks.h"
+
 namespace minilm_fast {
 namespace {
 
@@ -73,9 +75,8 @@ void check_format(const char* op, int64_t format) {
 
 at::Tensor pack_weight(const at::Tensor& weight, int64_t format_number) {
   check_format("pack_weight", format_number);
-  TORCH_CHECK(weight.dim() == 2, "pack_weight: weight must be [N, K], got shape ", weight.sizes());
-  TORCH_CHECK(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16,
-              "pack_weight: weight must be fp32 or bf16, got ", weight.scalar_type());
+  check_float("pack_weight", "weight", weight);
+  check_shape("pack_weight", "weight", weight, {-1, -1});
   const Format format = static_cast<Format>(format_number);
   const at::Tensor w = weight.to(at::kFloat).contiguous();
   TORCH_CHECK(format != Format::kInt8 || at::isfinite(w).all().item<bool>(),
@@ -144,16 +145,9 @@ gemm::Weight open_packed_weight(const char* op, const at::Tensor& blob, int64_t 
 }
 
 at::Tensor check_rows(const char* op, const at::Tensor& x) {
-  TORCH_CHECK(x.dim() == 2, op, ": x must be [M, K], got shape ", x.sizes());
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op, ": x must be fp32 or bf16, got ",
-              x.scalar_type());
+  check_float(op, "x", x);
+  check_shape(op, "x", x, {-1, -1});
   return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
-}
-
-at::Tensor check_bias(const char* op, const at::Tensor& bias, int64_t out_features) {
-  TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.dim() == 1 && bias.size(0) == out_features, op,
-              ": bias must be fp32 [", out_features, "], got ", bias.scalar_type(), " of shape ", bias.sizes());
-  return bias.contiguous();
 }
 
 gemm::Source source_rows(const at::Tensor& x) {

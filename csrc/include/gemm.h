@@ -18,6 +18,9 @@ constexpr int kFormats = 3;
 
 constexpr int64_t kPanel = 16;
 
+// In an anonymous namespace, so that no copy compiled for a greater instruction set stands in for another.
+namespace {
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // The k of a packed weight: a whole number of matrix-tile rows of 64 bytes, but for fp32, which has no tiles.
@@ -28,6 +31,8 @@ constexpr int64_t padded_k(Format format, int64_t k) {
 constexpr int64_t panel_bytes(Format format, int64_t k) {
   return padded_k(format, k) * kPanel * (format == Format::kFp32 ? 4 : format == Format::kBf16 ? 2 : 1);
 }
+
+}  // namespace
 
 struct Weight {
   Format format;

@@ -72,6 +72,7 @@ inline Int sum_pairs(Int low, Int high) {
 struct Int8 {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr int64_t kRowBytes = 8;
+  static constexpr int64_t kBlockSteps = kUnlimited;
 #if defined(__AVX512F__)
   static constexpr int kTileRows = 6, kTilePanels = 2;
 #elif defined(__AVX2__)

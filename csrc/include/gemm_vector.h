@@ -6,20 +6,22 @@
 #include "gemm_kernels.h"
 #include "gemm_rows.h"
 
-// Kernels in portable vector code, for whatever width the including file is compiled for. Each result is one chain of
-// multiply-adds over ascending k, whatever the tile it is computed in.
+// Kernels in portable vector code, for whatever width the including file is compiled for. Each result is a sum over
+// blocks of ascending k, each block one chain of multiply-adds, whatever the tile it is computed in.
 namespace minilm_fast::gemm {
 namespace {
 
 constexpr int kPanelVectors = kPanel / kWidth;
 constexpr int64_t kStepBytes = kPanel * 4;
 constexpr int64_t kChunkSteps = 8;
+constexpr int64_t kUnlimited = INT64_MAX / 2;
 
 // How a kernel multiplies one step: the k whose weights fill one 32-bit lane of each feature. A policy has
 //   kFormat      the format of the weights,
 //   kRowBytes    bytes of a packed row that a step takes,
 //   kTileRows, kTilePanels  the largest register tile: accumulators, weights and an element fill the registers,
 //   Weights      the weights of a vector of features, and load() that reads them,
+//   kBlockSteps  steps that are summed in one chain before they join the sums of the blocks before,
 //   Accumulator  the sums of a vector of features, add() a step to it, and total() their final values.
 struct Fp32 {
   static constexpr Format kFormat = Format::kFp32;
@@ -33,6 +35,7 @@ struct Fp32 {
 #else
   static constexpr int kTileRows = 2, kTilePanels = 1;
 #endif
+  static constexpr int64_t kBlockSteps = 128;
   using Weights = Float;
   using Accumulator = Float;
   using Sum = float;
@@ -48,6 +51,7 @@ struct Fp32 {
 struct Bf16 : Fp32 {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr int64_t kRowBytes = 8;
+  static constexpr int64_t kBlockSteps = 64;
   struct Weights {
     Float even, odd;
   };
@@ -83,6 +87,9 @@ struct Prefetch {
   static constexpr int64_t kLine = 64;
 };
 
+inline Float load_sum(const float* p) { return load(p); }
+inline Int load_sum(const int32_t* p) { return load_int(p); }
+
 template <class P, int kRows, int kPanels, int kVectors>
 inline void multiply_step(typename P::Accumulator (&sum)[kRows][kVectors], const char* const (&rows)[kRows],
                           const char* weights, int64_t panel_stride, int64_t step) {
@@ -103,18 +110,26 @@ void multiply_tile(const Product& product, int64_t row, int64_t panel, Prefetch 
   const char* weights = panel_address(product, panel);
   const char* rows[kRows];
   for (int m = 0; m < kRows; ++m) rows[m] = row_address(product, row + m);
-  typename P::Accumulator sum[kRows][kVectors] = {};
-  int64_t step = 0;
-  for (int64_t end = kChunkSteps; end <= steps; end += kChunkSteps) {
-    prefetch.fetch_chunk();
+  for (int64_t begin = 0; begin < steps || begin == 0; begin += P::kBlockSteps) {
+    const int64_t end = begin + P::kBlockSteps < steps ? begin + P::kBlockSteps : steps;
+    typename P::Accumulator sum[kRows][kVectors] = {};
+    int64_t step = begin;
+    for (; step + kChunkSteps <= end;) {
+      prefetch.fetch_chunk();
+      for (const int64_t chunk = step + kChunkSteps; step < chunk; ++step)
+        multiply_step<P, kRows, kPanels>(sum, rows, weights, bytes, step);
+    }
     for (; step < end; ++step) multiply_step<P, kRows, kPanels>(sum, rows, weights, bytes, step);
-  }
-  for (; step < steps; ++step) multiply_step<P, kRows, kPanels>(sum, rows, weights, bytes, step);
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t feature = product.column + panel * kPanel + v * kWidth;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t feature = product.column + panel * kPanel + v * kWidth;
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) store(sums + (m * kVectors + v) * kWidth, P::total(product, feature, sum[m][v]));
+      for (int m = 0; m < kRows; ++m) {
+        typename P::Sum* out = sums + (m * kVectors + v) * kWidth;
+        const auto total = P::total(product, feature, sum[m][v]);
+        store(out, begin == 0 ? total : total + load_sum(out));
+      }
+    }
   }
 }
 

@@ -17,9 +17,6 @@ gemm::Weight open_packed_weight(const char* op, const at::Tensor& blob, int64_t 
 // Checks x [M, in_features], fp32 or bf16, and returns it with its last dimension contiguous.
 at::Tensor check_rows(const char* op, const at::Tensor& x);
 
-// Checks a bias fp32 [out_features] and returns it contiguous.
-at::Tensor check_bias(const char* op, const at::Tensor& bias, int64_t out_features);
-
 gemm::Source source_rows(const at::Tensor& x);
 
 // Packs rows for the kernels, or points at x itself if its rows can be read as they are. `storage` must hold
