@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minilm_fast.cli import ArgumentParser, guarded
 from minilm_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def _finite_positive(text: str) -> float:
     return value
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line; names and defaults are the original's unless a flag says otherwise."""
-    parser = argparse.ArgumentParser(prog="minilm_fast.run_seq2seq", description=__doc__)
+    parser = ArgumentParser(prog="minilm_fast.run_seq2seq", description=__doc__)
     add = parser.add_argument
     add("--train_file", required=True, type=Path, help="JSON lines with 'src' and 'tgt'")
     add("--model_type", required=True, help="tokenizer and layout: bert, minilm, unilm, roberta, xlm-roberta")
@@ -131,19 +132,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    try:
+    trainer: Trainer | None = None
+
+    def run() -> None:
+        nonlocal trainer
         _check(args)
         trainer = make_trainer(args)
         _make_output_dir(args.output_dir)
         trainer.resume()
         trainer.train()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+
+    return guarded(run, lambda: trainer.hint() if trainer else "")
 
 
 def _check(args: argparse.Namespace) -> None:

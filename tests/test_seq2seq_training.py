@@ -406,3 +406,19 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     assert "--train_file" in done.stdout
     assert time.perf_counter() - start < 5
+
+
+def test_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+
+    def interrupted(trainer: Trainer) -> tuple[list[float], float, int]:
+        if trainer.step == 4:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    model = _copy_model(tmp_path / "model")
+    assert main(_arguments(tmp_path, model, **RUN)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted; the same command goes on after step 3"

@@ -196,6 +196,12 @@ class Trainer:
             file.write(json.dumps(self.history, indent=1).encode())
         logger.info("saved %s", folder)
 
+    def hint(self) -> str:
+        """What a message about a run that was cut short ends with."""
+        if not self.history:
+            return ""
+        return f"; the same command goes on after step {self.history[-1]['step']}"
+
     def train(self) -> None:
         """Run to the last step; save every ``save_steps`` and at the end."""
         options = self.options
