@@ -205,7 +205,10 @@ inline void write_transposed(Rows rows, int64_t count, int64_t size, To* to, int
   for (int64_t j = 0; j < count; j += kLanes) {
     for (int64_t d = 0; d < size; d += kLanes) {
       Vec square[kLanes] = {};
-      for (int64_t i = 0; i < kLanes && j + i < count; ++i) square[i] = load_first(rows(j + i) + d, size - d);
+      for (int64_t i = 0; i < kLanes && j + i < count; ++i) {
+        square[i] = load_first(rows(j + i) + d, size - d);
+        __builtin_prefetch(rows(j + i + kLanes) + d);  // rows lie far apart; one that does not exist is no error
+      }
       transpose(square);
       for (int64_t i = 0; i < kLanes && d + i < size; ++i) store(to + (d + i) * stride + j, square[i]);
     }
