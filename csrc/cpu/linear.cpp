@@ -11,7 +11,7 @@ namespace {
 
 using gemm::round_up;
 
-constexpr int64_t kRowBlock = 192;
+constexpr int64_t kRowBlock = 64;
 constexpr int64_t kColumnBlock = 64;
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 19;

@@ -1,6 +1,6 @@
 """Turns real passages into questions with the checkpoint beside this file, and shows what came out and how fast.
 
-    python examples/question-generation/demo.py [--limit N] [--dtype fp32|bf16|int8]
+python examples/question-generation/demo.py [--limit N] [--dtype fp32|bf16|int8]
 """
 
 from __future__ import annotations

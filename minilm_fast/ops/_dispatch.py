@@ -125,6 +125,4 @@ def _warn_once(operator: str, device: str, reasons: list[str]) -> None:
         return
     _warned.add(key)
     what = "all operators run" if key == "extension" else f"{operator} runs"
-    warnings.warn(
-        f"{what} in plain PyTorch, which is slower: {'; '.join(reasons)}", RuntimeWarning, stacklevel=4
-    )
+    warnings.warn(f"{what} in plain PyTorch, which is slower: {'; '.join(reasons)}", RuntimeWarning, stacklevel=4)

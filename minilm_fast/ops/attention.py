@@ -30,9 +30,7 @@ def _reference(
     position_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = SequenceLayout(cu_seqlens, segments, max_seqlen, q.shape[0])
-    return reference.attention(
-        q, k, v, layout, scale=scale, relative_bias=relative_bias, position_ids=position_ids
-    )
+    return reference.attention(q, k, v, layout, scale=scale, relative_bias=relative_bias, position_ids=position_ids)
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,9 +82,5 @@ def attention(
         raise ValueError("attention: relative_bias and position_ids go together")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if select("attention", q, k, v, relative_bias) == "reference":
-        return reference.attention(
-            q, k, v, layout, scale=scale, relative_bias=relative_bias, position_ids=position_ids
-        )
-    return _op(
-        q, k, v, layout.cu_seqlens, layout.segments, layout.max_seqlen, scale, relative_bias, position_ids
-    )
+        return reference.attention(q, k, v, layout, scale=scale, relative_bias=relative_bias, position_ids=position_ids)
+    return _op(q, k, v, layout.cu_seqlens, layout.segments, layout.max_seqlen, scale, relative_bias, position_ids)

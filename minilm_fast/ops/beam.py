@@ -41,9 +41,7 @@ _beam_op = define(
 )
 
 
-def ban_repeated_ngrams(
-    tokens: torch.Tensor, lengths: torch.Tensor, n: int, ignored: torch.Tensor
-) -> torch.Tensor:
+def ban_repeated_ngrams(tokens: torch.Tensor, lengths: torch.Tensor, n: int, ignored: torch.Tensor) -> torch.Tensor:
     """Tokens that would repeat an n-gram (module docstring).
 
     Args:

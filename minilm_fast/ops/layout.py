@@ -68,9 +68,7 @@ class SequenceLayout:
         return cls.from_counts(source, target, [0] * len(source), device)
 
     @classmethod
-    def pseudo_masked(
-        cls, source: Counts, target: Counts, device: torch.device | str = "cpu"
-    ) -> SequenceLayout:
+    def pseudo_masked(cls, source: Counts, target: Counts, device: torch.device | str = "cpu") -> SequenceLayout:
         """Source, target and as many pseudo tokens as target tokens (arXiv 2002.12804, section 3.2)."""
         return cls.from_counts(source, target, target, device)
 

@@ -52,9 +52,7 @@ def _head_reference(
 _pack_op = define(
     "pack_weight(Tensor weight, int format) -> Tensor",
     reference=lambda weight, format: weight.clone(),
-    fake=lambda weight, format: weight.new_empty(
-        (torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8
-    ),
+    fake=lambda weight, format: weight.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8),
 )
 _linear_op = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int format, int activation) -> Tensor",
@@ -115,9 +113,7 @@ def pack_weight(weight: torch.Tensor, format: str = "fp32") -> PackedWeight:
 
 def _check(operator: str, x: torch.Tensor, weight: PackedWeight) -> None:
     if x.dim() != 2 or x.shape[1] != weight.in_features:
-        raise ValueError(
-            f"{operator}: x must be [rows, {weight.in_features}] for this weight, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{operator}: x must be [rows, {weight.in_features}] for this weight, got {tuple(x.shape)}")
 
 
 def linear(
@@ -139,9 +135,7 @@ def linear(
     """
     _check("linear", x, weight)
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"linear: unknown activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}"
-        )
+        raise ValueError(f"linear: unknown activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
     if weight.backend == "reference":
         return reference.linear(x, weight.data, bias, weight.format, activation)
     return _linear_op(

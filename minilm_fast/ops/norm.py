@@ -26,9 +26,7 @@ _embed_op = define(
     "embed_layer_norm(Tensor ids, Tensor positions, Tensor? types, Tensor word, Tensor position, Tensor? type, "
     "Tensor weight, Tensor bias, float eps) -> Tensor",
     reference=reference.embed_layer_norm,
-    fake=lambda ids, positions, types, word, *_: word.new_empty(
-        (ids.shape[0], word.shape[1]), dtype=torch.float32
-    ),
+    fake=lambda ids, positions, types, word, *_: word.new_empty((ids.shape[0], word.shape[1]), dtype=torch.float32),
 )
 
 

@@ -99,12 +99,8 @@ def decode_attention(
         for b in range(beams):
             beam = ancestry[e, b, :step].long()
             own_k, own_v = ks[e, b], vs[e, b]
-            keys = torch.cat(
-                [source_k[slot, :, :, :length].permute(2, 0, 1), history_k[slot, past, beam], own_k]
-            )
-            values = torch.cat(
-                [source_v[slot, :, :length].transpose(0, 1), history_v[slot, past, beam], own_v]
-            )
+            keys = torch.cat([source_k[slot, :, :, :length].permute(2, 0, 1), history_k[slot, past, beam], own_k])
+            values = torch.cat([source_v[slot, :, :length].transpose(0, 1), history_v[slot, past, beam], own_v])
             scores = torch.einsum("rhd,khd->hrk", _accumulate(qs[e, b]), _accumulate(keys)) * scale
             position = torch.arange(length + step + rows, device=q.device)
             if relative_bias is not None:
@@ -218,9 +214,7 @@ def embed_layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
-def ban_repeated_ngrams(
-    tokens: torch.Tensor, lengths: torch.Tensor, n: int, ignored: torch.Tensor
-) -> torch.Tensor:
+def ban_repeated_ngrams(tokens: torch.Tensor, lengths: torch.Tensor, n: int, ignored: torch.Tensor) -> torch.Tensor:
     """Specification of :func:`minilm_fast.ops.ban_repeated_ngrams`; same arguments and result."""
     banned = torch.full_like(tokens, -1)
     skip = set(ignored.tolist())
@@ -229,9 +223,7 @@ def ban_repeated_ngrams(
         tail = sequence if n == 1 else sequence[length - (n - 1) :]
         if length < n or skip.intersection(tail):
             continue
-        followers = (
-            sequence[i + n - 1] for i in range(length - n + 1) if n == 1 or sequence[i : i + n - 1] == tail
-        )
+        followers = (sequence[i + n - 1] for i in range(length - n + 1) if n == 1 or sequence[i : i + n - 1] == tail)
         unique = [f for f in dict.fromkeys(followers) if f not in skip]
         banned[row, : len(unique)] = torch.tensor(unique, dtype=tokens.dtype, device=tokens.device)
     return banned
