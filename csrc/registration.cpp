@@ -6,7 +6,8 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of minilm_fast";
-  m.def("isa", [] { return minilm_fast::isa_name(minilm_fast::current_isa()); },
-        "Name of the CPU instruction set in use");
+  m.def(
+      "isa", [] { return minilm_fast::isa_name(minilm_fast::current_isa()); },
+      "Name of the CPU instruction set in use");
   m.def("set_isa", &minilm_fast::set_isa, "Lower or restore the CPU instruction set (for tests)");
 }
