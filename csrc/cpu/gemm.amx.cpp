@@ -68,6 +68,8 @@ struct Operands {
   int64_t panel_stride;
   const char* prefetch;
   int64_t prefetch_lines;
+  char* out;
+  int64_t out_stride;
 };
 
 // Sums of kRowTiles * 16 rows and kPanels panels, as [rows][kPanels * 16].
@@ -105,6 +107,8 @@ void multiply_tiles(const Operands& operands, typename E::Sum* sums, Pending<typ
     }
     const char* prefetch = operands.prefetch + step * kPanels * kTileBytes;
     for (int64_t line = 0; line < operands.prefetch_lines; ++line) _mm_prefetch(prefetch + line * kLine, _MM_HINT_T1);
+    for (int64_t m = step * kRowTiles * kTileRows / steps; m < (step + 1) * kRowTiles * kTileRows / steps; ++m)
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(operands.out + m * operands.out_stride + p * kLine, 1);
     pending.finish_up_to((step + 1) * finish_rows_a_step);
   }
   constexpr int64_t kStride = kPanels * kPanel * 4;
@@ -168,7 +172,9 @@ class Multiplication {
                                weights,
                                panel_bytes_,
                                weights + kPanels * panel_bytes_ + first * kLine,
-                               last - first};
+                               last - first,
+                               static_cast<char*>(product_.out) + (row * product_.out_stride + panel * kPanel) * 4,
+                               product_.out_stride * 4};
     typename E::Sum* sums = pending_.sums.data == buffers_[0] ? buffers_[1] : buffers_[0];
     multiply_tiles<E, kRowTiles, kPanels>(operands, sums, pending_);
     const int64_t rows = next <= product_.row_count ? kRowTiles * kTileRows : product_.row_count - row;

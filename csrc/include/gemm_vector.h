@@ -154,6 +154,9 @@ void multiply_panels(const Product& product, int64_t panel) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = tile * product.row_count / tiles;
       const int64_t rows = (tile + 1) * product.row_count / tiles - row;
+      for (int64_t m = row; m < row + rows; ++m)
+        for (int64_t p = panel; p < panel + kPanels; ++p)
+          __builtin_prefetch(static_cast<char*>(product.out) + (m * product.out_stride + p * kPanel) * 4, 1);
       // Each tile fetches its share of the next group of panels.
       const int64_t share = group_bytes / tiles;
       const Prefetch prefetch = {next_group + tile * share, (share / chunks + Prefetch::kLine - 1) / Prefetch::kLine};
