@@ -71,8 +71,9 @@ std::vector<AttentionTask> make_tasks(const AttentionProblem& problem, const at:
   return tasks;
 }
 
-AttentionKernel choose_kernel() {
+AttentionKernel choose_kernel(bool bf16) {
 #ifdef MINILM_FAST_X86
+  if (current_isa() >= Isa::kAmx && bf16) return attention_amx;
   if (current_isa() >= Isa::kAvx512) return attention_avx512;
   if (current_isa() >= Isa::kAvx2) return attention_avx2;
 #endif
@@ -118,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   if (q.numel() == 0) return {out, lse};
 
   const std::vector<AttentionTask> tasks = make_tasks(problem, cu_seqlens, segments);
-  const AttentionKernel kernel = choose_kernel();
+  const AttentionKernel kernel = choose_kernel(problem.bf16);
   const size_t bytes = sizeof(float) * static_cast<size_t>(attention_scratch(problem, longest));
   run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     static thread_local Scratch scratch;

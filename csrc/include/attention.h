@@ -31,14 +31,16 @@ using AttentionKernel = void (*)(const AttentionProblem&, const AttentionTask&, 
 void attention_default(const AttentionProblem&, const AttentionTask&, float* scratch);
 void attention_avx2(const AttentionProblem&, const AttentionTask&, float* scratch);
 void attention_avx512(const AttentionProblem&, const AttentionTask&, float* scratch);
+void attention_amx(const AttentionProblem&, const AttentionTask&, float* scratch);  // bf16 only
 
-// Scratch memory, in floats, that tasks of sequences up to `length` tokens need with any instruction set.
+// Scratch memory, in floats, that tasks of sequences up to `length` tokens need with any instruction set: keys and
+// values, each padded to whole vectors or tiles, and the bias.
 static inline int64_t attention_scratch(const AttentionProblem& problem, int64_t length) {
-  constexpr int64_t kMostLanes = 16;
-  const int64_t keys = (length + kMostLanes - 1) / kMostLanes * kMostLanes + kMostLanes;
-  const int64_t width = (problem.size + kMostLanes - 1) / kMostLanes * kMostLanes;
+  constexpr int64_t kTileKeys = 64, kTileSize = 32, kMostLanes = 16;
+  const int64_t keys = (length + kTileKeys - 1) / kTileKeys * kTileKeys + kMostLanes;
+  const int64_t width = (problem.size + kTileSize - 1) / kTileSize * kTileSize;
   const int64_t bias = problem.relative_bias == nullptr ? 0 : 2 * problem.distance_limit + 1 + 2 * kMostLanes;
-  return problem.size * keys + length * width + bias;
+  return 2 * keys * width + bias;
 }
 
 }  // namespace minilm_fast

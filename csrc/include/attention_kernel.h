@@ -9,31 +9,17 @@
 namespace minilm_fast {
 namespace {
 
+// The rows of a task: where they are and what they see.
 template <class T>
-class AttentionHead {
- public:
-  AttentionHead(const AttentionProblem& problem, const AttentionTask& task, float* scratch)
+class AttentionRows {
+ protected:
+  AttentionRows(const AttentionProblem& problem, const AttentionTask& task)
       : p_(problem),
         t_(task),
         length_(task.source + task.target + task.pseudo),
         width_(round_up(problem.size, kLanes)),
-        key_stride_(round_up(length_, kLanes) + kLanes),
-        keys_(scratch),
-        values_(keys_ + problem.size * key_stride_),
-        bias_(values_ + length_ * width_) {}
+        scale_(static_cast<float>(problem.scale)) {}
 
-  void run(QueryTile& tile) {
-    const int64_t keys = visible_keys(t_.row_begin, t_.row_end);
-    write_transposed([&](int64_t j) { return key(j); }, keys, p_.size, keys_, key_stride_);
-    for (int64_t j = 0; j < keys; ++j)
-      for (int64_t d = 0; d < width_; d += kLanes)
-        store(values_ + j * width_ + d, load_first(value(j) + d, p_.size - d));
-    if (p_.relative_bias == nullptr) return run_rows(tile, nullptr);
-    const DistanceBias bias(p_.relative_bias + t_.head * (2 * p_.distance_limit + 1), p_.distance_limit, bias_);
-    run_rows(tile, &bias);
-  }
-
- private:
   const T* query(int64_t row) const {
     return static_cast<const T*>(p_.q) + (t_.first + row) * p_.q_token + t_.head * p_.q_head;
   }
@@ -61,6 +47,72 @@ class AttentionHead {
     return most;
   }
 
+  DistanceBias make_bias(float* memory) const {
+    return DistanceBias(p_.relative_bias + t_.head * (2 * p_.distance_limit + 1), p_.distance_limit, memory);
+  }
+
+  // Takes rows [row, row + rows) into the tile, as many as `padded` with those that are not there; a pseudo row
+  // starts with its own key.
+  void begin(QueryTile& tile, int64_t row, int rows, int padded, const DistanceBias* bias) const {
+    set_queries(
+        tile, [&](int64_t r) { return query(row + r); }, rows, padded, p_.size, bias == nullptr ? p_.scale : 1.0);
+    for (int r = 0; r < rows; ++r) {
+      if (!is_pseudo(row + r)) continue;
+      float score = 0.0f;
+      for (int64_t d = 0; d < p_.size; ++d) score += tile.query[d * kQueryStride + r] * to_float(key(row + r)[d]);
+      if (bias != nullptr) score = score * scale_ + bias->at(0);
+      tile.maximum[r] = score * tile.factor;
+      tile.total[r] = 1.0f;
+      for (int64_t d = 0; d < p_.size; ++d) tile.out[r * width_ + d] = to_float(value(row + r)[d]);
+    }
+  }
+
+  // Scales the scores of a row with keys `first`, `first + 1`, ... and adds the biases.
+  void add_bias(float* scores, int64_t row, int64_t first, int64_t visible, const DistanceBias& bias) const {
+    const int32_t* positions = p_.positions + t_.first;
+    for (int64_t j = 0; j < visible; j += kLanes)
+      store(scores + j, load(scores + j) * scale_ + bias.between(positions[row], positions + first + j, visible - j));
+  }
+
+  void finish(const QueryTile& tile, int64_t row, int rows) const {
+    for (int r = 0; r < rows; ++r) {
+      const int64_t token = t_.first + row + r;
+      write_row(tile, r, p_.size, static_cast<T*>(p_.out) + (token * p_.heads + t_.head) * p_.size);
+      p_.lse[t_.head * p_.tokens + token] = log_sum_exp(tile, r);
+    }
+  }
+
+  const AttentionProblem& p_;
+  const AttentionTask& t_;
+  int64_t length_, width_;
+  float scale_;
+};
+
+template <class T>
+class AttentionHead : AttentionRows<T> {
+  using Rows = AttentionRows<T>;
+  using Rows::length_, Rows::p_, Rows::t_, Rows::width_;
+
+ public:
+  AttentionHead(const AttentionProblem& problem, const AttentionTask& task, float* scratch)
+      : Rows(problem, task),
+        key_stride_(round_up(length_, kLanes) + kLanes),
+        keys_(scratch),
+        values_(keys_ + problem.size * key_stride_),
+        bias_(values_ + length_ * width_) {}
+
+  void run(QueryTile& tile) {
+    const int64_t keys = Rows::visible_keys(t_.row_begin, t_.row_end);
+    write_transposed([&](int64_t j) { return Rows::key(j); }, keys, p_.size, keys_, key_stride_);
+    for (int64_t j = 0; j < keys; ++j)
+      for (int64_t d = 0; d < width_; d += kLanes)
+        store(values_ + j * width_ + d, load_first(Rows::value(j) + d, p_.size - d));
+    if (p_.relative_bias == nullptr) return run_rows(tile, nullptr);
+    const DistanceBias bias = Rows::make_bias(bias_);
+    run_rows(tile, &bias);
+  }
+
+ private:
   void run_rows(QueryTile& tile, const DistanceBias* bias) {
     for (int64_t row = t_.row_begin; row < t_.row_end; row += kTileRows) {
       const int64_t left = t_.row_end - row;
@@ -69,52 +121,26 @@ class AttentionHead {
     }
   }
 
-  template <int Rows>
+  template <int Padded>
   void run_tile(QueryTile& tile, int64_t row, int rows, const DistanceBias* bias) {
-    set_queries(tile, [&](int64_t r) { return query(row + r); }, rows, Rows, p_.size, bias == nullptr ? p_.scale : 1.0);
-    for (int r = 0; r < rows; ++r)
-      if (is_pseudo(row + r)) see_itself(tile, r, row + r, bias);
-    const int64_t keys = visible_keys(row, row + rows);
+    Rows::begin(tile, row, rows, Padded, bias);
+    const int64_t keys = Rows::visible_keys(row, row + rows);
     for (int64_t first = 0; first < keys; first += kKeyBlock) {
       const int64_t count = keys - first < kKeyBlock ? keys - first : kKeyBlock;
       const KeyBlock<float, float> block{keys_ + first, key_stride_, values_ + first * width_, width_, count};
-      compute_scores<Rows>(tile, block, p_.size);
+      compute_scores<Padded>(tile, block, p_.size);
       for (int r = 0; r < rows; ++r) {
-        const int64_t left = prefix(row + r) - first;
+        const int64_t left = Rows::prefix(row + r) - first;
         const int64_t visible = left < count ? left : count;
-        if (bias != nullptr) add_bias(tile, r, row + r, first, visible, *bias);
+        if (bias != nullptr) Rows::add_bias(tile.scores + r * kScoreStride, row + r, first, visible, *bias);
         softmax_row(tile, r, visible, count, p_.size);
       }
-      add_values<Rows>(tile, block, p_.size);
+      add_values<Padded>(tile, block, p_.size);
     }
-    for (int r = 0; r < rows; ++r) {
-      const int64_t token = t_.first + row + r;
-      write_row(tile, r, p_.size, static_cast<T*>(p_.out) + (token * p_.heads + t_.head) * p_.size);
-      p_.lse[t_.head * p_.tokens + token] = log_sum_exp(tile, r);
-    }
+    Rows::finish(tile, row, rows);
   }
 
-  // Starts a pseudo row with its own key.
-  void see_itself(QueryTile& tile, int r, int64_t row, const DistanceBias* bias) {
-    float score = 0.0f;
-    for (int64_t d = 0; d < p_.size; ++d) score += tile.query[d * kQueryStride + r] * to_float(key(row)[d]);
-    if (bias != nullptr) score = score * static_cast<float>(p_.scale) + bias->at(0);
-    tile.maximum[r] = score * tile.factor;
-    tile.total[r] = 1.0f;
-    for (int64_t d = 0; d < p_.size; ++d) tile.out[r * width_ + d] = to_float(value(row)[d]);
-  }
-
-  void add_bias(QueryTile& tile, int r, int64_t row, int64_t first, int64_t visible, const DistanceBias& bias) {
-    float* scores = tile.scores + r * kScoreStride;
-    const int32_t* positions = p_.positions + t_.first;
-    const float scale = static_cast<float>(p_.scale);
-    for (int64_t j = 0; j < visible; j += kLanes)
-      store(scores + j, load(scores + j) * scale + bias.between(positions[row], positions + first + j, visible - j));
-  }
-
-  const AttentionProblem& p_;
-  const AttentionTask& t_;
-  int64_t length_, width_, key_stride_;
+  int64_t key_stride_;
   float *keys_, *values_, *bias_;
 };
 

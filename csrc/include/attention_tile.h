@@ -22,13 +22,14 @@ constexpr float kMinusInfinity = -__builtin_inff();
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// A tile's state; the rows beyond kTileRows are for kernels that do without `scores`.
 struct QueryTile {
   alignas(64) float scores[kTileRows * kScoreStride];  // then the probabilities
-  alignas(64) float out[kTileRows * kMaxHeadSize];
+  alignas(64) float out[kQueryStride * kMaxHeadSize];
   alignas(64) float query[kMaxHeadSize * kQueryStride];  // dimension-major
   float factor;                                          // of the scores, which are in units of it, to powers of two
-  float maximum[kTileRows];                              // of the scores times the factor
-  float total[kTileRows];                                // of 2^(score * factor - maximum)
+  float maximum[kQueryStride];                           // of the scores times the factor
+  float total[kQueryStride];                             // of 2^(score * factor - maximum)
 };
 
 // A block of keys as the tile needs it: at most kKeyBlock of them. Whole vectors are read, of the keys up to
@@ -131,6 +132,18 @@ inline float largest_score(const float* scores, int64_t count, float least) {
   return largest(maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
 }
 
+// Brings a row to a new maximum, relative to which the probabilities of a block add up to `total`.
+inline void raise_maximum(QueryTile& tile, int row, float maximum, float total, int64_t size) {
+  const float before = tile.maximum[row];
+  const float correction = before == maximum ? 1.0f : exp2(splat(before - maximum))[0];
+  tile.maximum[row] = maximum;
+  tile.total[row] = tile.total[row] * correction + total;
+  if (before == maximum) return;
+  const int64_t width = round_up(size, kLanes);
+  float* out = tile.out + row * width;
+  for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(out + d) * correction);
+}
+
 // Scores of one row to probabilities relative to the running maximum, whose total and output are brought to the
 // new maximum. The row sees the first `visible` of the block's `count` keys, and of those only the ones whose
 // score is not -infinity.
@@ -160,13 +173,7 @@ inline void softmax_row(QueryTile& tile, int row, int64_t visible, int64_t count
   }
   if (j < end) std::memset(scores + j, 0, sizeof(float) * (end - j));
 
-  tile.maximum[row] = now;
-  const float correction = before == now ? 1.0f : exp2(splat(before - now))[0];
-  tile.total[row] = tile.total[row] * correction + sum(total);
-  if (before == now) return;
-  const int64_t width = round_up(size, kLanes);
-  float* out = tile.out + row * width;
-  for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(out + d) * correction);
+  raise_maximum(tile, row, now, sum(total), size);
 }
 
 template <class T>
