@@ -127,9 +127,11 @@ def test_rows_do_not_depend_on_each_other(isa: str, format: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows", [3, 100, 1000])
-def test_linear_does_not_depend_on_threads(format: str, rows: int) -> None:
-    x, weight, bias = problem(rows, 500, 384)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 100, 2500])
+def test_linear_does_not_depend_on_threads(format: str, dtype: torch.dtype, rows: int) -> None:
+    x, weight, bias = problem(rows, 500, 391)
+    x = x.to(dtype)
     packed = ops.pack_weight(weight, format)
     outs = []
     for count in (1, 2, 3):
@@ -301,18 +303,24 @@ def test_head_rows_do_not_depend_on_each_other(isa: str, format: str) -> None:
             assert torch.equal(part[0], values[begin:end]) and torch.equal(part[1], ids[begin:end])
 
 
-@pytest.mark.parametrize("vocabulary", [600, 5000])
-def test_head_does_not_depend_on_threads(vocabulary: int) -> None:
-    x, weight, bias = head_problem(50, 64, vocabulary)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("m", "vocabulary"), [(50, 600), (350, 600), (50, 5000)])
+def test_head_does_not_depend_on_threads(format: str, m: int, vocabulary: int) -> None:
+    """Every score is there twice, so that the order of what is equal counts as well."""
+    x, weight, bias = head_problem(m, 64, vocabulary)
     weight[1::2] = weight[::2]
     bias[1::2] = bias[::2]
-    packed = ops.pack_weight(weight, "fp32")
+    banned = torch.randint(-1, vocabulary, (m, 9), dtype=torch.int32)
+    packed = ops.pack_weight(weight, format)
     outs = []
     for count in (1, 2, 3):
         with threads(count):
-            outs.append(ops.lm_head_topk(x, packed, bias, 7))
+            outs.append(ops.lm_head_topk(x, packed, bias, 7, banned=banned))
     assert all(torch.equal(a, b) for out in outs[1:] for a, b in zip(out, outs[0], strict=True))
-    assert (outs[0][1][:, 0] % 2 == 0).all(), "of equal scores the lower id comes first"
+    values, ids = outs[0]
+    first, second = ids[:, 0].tolist(), ids[:, 1].tolist()
+    assert any(values[i, 0] == values[i, 1] for i in range(m))
+    assert all(first[i] < second[i] for i in range(m) if values[i, 0] == values[i, 1]), "the lower id comes first"
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -14,6 +15,7 @@
 #include "lm_head.h"
 #include "packed_weight.h"
 #include "scratch.h"
+#include "tasks.h"
 
 // The vocabulary is cut into blocks and the rows into chunks, so that the logits of one block and chunk stay in the
 // second-level cache; nothing else of them is ever kept than each block's maximum and sum of exponentials and the best
@@ -25,6 +27,8 @@ namespace {
 constexpr int64_t kVocabularyBlock = 512;
 constexpr int64_t kRowChunk = 160;
 constexpr int64_t kScanStep = 64;
+constexpr int64_t kPackRows = 4 * PackedRows::kRowMultiple;
+static_assert(kRowChunk % PackedRows::kRowMultiple == 0, "chunks of packed rows");
 constexpr float kForbidden = -10000.0f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -41,11 +45,6 @@ struct Exceptions {
   std::vector<int32_t> ids;
   std::vector<float> logits;
   std::vector<int64_t> starts;
-
-  // Index of a row's first exception with at least this id.
-  int64_t first_from(int64_t row, int64_t id) const {
-    return std::lower_bound(ids.begin() + starts[row], ids.begin() + starts[row + 1], id) - ids.begin();
-  }
 
   bool contains(int64_t row, int32_t id) const {
     return std::binary_search(ids.begin() + starts[row], ids.begin() + starts[row + 1], id);
@@ -82,8 +81,13 @@ struct Partial {
   std::vector<int64_t> sizes;
   std::vector<int64_t> next_exception;  // of each row: the first one not yet passed
 
-  Partial(int64_t row, int64_t row_count, int64_t k)
-      : row(row), row_count(row_count), k(k), heaps(row_count * k), sizes(row_count), next_exception(row_count) {}
+  Partial(const Exceptions& exceptions, int64_t row, int64_t row_count, int64_t k)
+      : row(row),
+        row_count(row_count),
+        k(k),
+        heaps(row_count * k),
+        sizes(row_count),
+        next_exception(exceptions.starts.begin() + row, exceptions.starts.begin() + row + row_count) {}
 
   Candidate* begin(int64_t m) { return heaps.data() + (m - row) * k; }
   int64_t& size(int64_t m) { return sizes[m - row]; }
@@ -107,27 +111,24 @@ struct Head {
   const lm_head::Kernels& scan_kernels;
   const gemm::Weight& weight;
   const float* bias;
-  gemm::Rows rows;
+  const PackedRows& rows;
   int64_t row_count, k;
   Exceptions exceptions;
   std::vector<float> maxima, sums;  // [blocks, row_count]
 
   int64_t blocks() const { return (weight.n + kVocabularyBlock - 1) / kVocabularyBlock; }
 
-  void scan(int64_t first_block, int64_t last_block, Partial& best) {
+  // Blocks come in ascending order, though not all to the same `best`.
+  void scan(int64_t block, Partial& best) {
     static thread_local Scratch scratch;
     float* logits = reinterpret_cast<float*>(scratch.get(kRowChunk * kVocabularyBlock * sizeof(float)));
-    for (int64_t m = best.row; m < best.row + best.row_count; ++m)
-      best.next_exception[m - best.row] = exceptions.first_from(m, first_block * kVocabularyBlock);
-    for (int64_t block = first_block; block < last_block; ++block) {
-      const int64_t column = block * kVocabularyBlock;
-      const int64_t columns = std::min(kVocabularyBlock, weight.n - column);
-      for (int64_t row = best.row; row < best.row + best.row_count; row += kRowChunk) {
-        const int64_t count = std::min(kRowChunk, best.row + best.row_count - row);
-        multiply(row, count, column, columns, logits);
-        for (int64_t m = row; m < row + count; ++m)
-          scan_row(m, block, columns, logits + (m - row) * kVocabularyBlock, best);
-      }
+    const int64_t column = block * kVocabularyBlock;
+    const int64_t columns = std::min(kVocabularyBlock, weight.n - column);
+    for (int64_t row = best.row; row < best.row + best.row_count; row += kRowChunk) {
+      const int64_t count = std::min(kRowChunk, best.row + best.row_count - row);
+      multiply(row, count, column, columns, logits);
+      for (int64_t m = row; m < row + count; ++m)
+        scan_row(m, block, columns, logits + (m - row) * kVocabularyBlock, best);
     }
   }
 
@@ -135,8 +136,7 @@ struct Head {
     gemm::Product product = {};
     product.weight = &weight;
     product.bias = bias;
-    product.rows = {static_cast<const char*>(rows.data) + row * rows.stride, rows.stride,
-                    rows.scales ? rows.scales + row : nullptr};
+    product.rows = rows.from(row);
     product.row_count = count;
     product.column = column;
     product.columns = columns;
@@ -173,6 +173,7 @@ struct Head {
   // Keeps the logits of the row's exceptions in this block and hides them from the search.
   void take_exceptions(int64_t m, int32_t first, int64_t columns, float* logits, Partial& best) {
     int64_t& next = best.next_exception[m - best.row];
+    while (next < exceptions.starts[m + 1] && exceptions.ids[next] < first) ++next;
     for (; next < exceptions.starts[m + 1] && exceptions.ids[next] < first + columns; ++next) {
       float& logit = logits[exceptions.ids[next] - first];
       exceptions.logits[next] = logit;
@@ -229,20 +230,31 @@ void finish_row(const Head& head, std::vector<std::unique_ptr<Partial>>& partial
   }
 }
 
-// Cuts the work into about one piece a thread, by blocks or, where those are few, by rows.
+// Each thread takes block after block and keeps what it found; where the blocks are few, chunk after chunk of the rows.
 std::vector<std::unique_ptr<Partial>> search(Head& head) {
   std::vector<std::unique_ptr<Partial>> partials;
   std::mutex mutex;
-  const auto piece = [&](int64_t row, int64_t last_row, int64_t block, int64_t last_block) {
-    auto partial = std::make_unique<Partial>(row, last_row - row, head.k);
-    head.scan(block, last_block, *partial);
+  const auto keep = [&](std::unique_ptr<Partial> partial) {
     const std::lock_guard<std::mutex> lock(mutex);
     partials.push_back(std::move(partial));
   };
-  if (head.blocks() >= 2 * at::get_num_threads())
-    at::parallel_for(0, head.blocks(), 1, [&](int64_t a, int64_t b) { piece(0, head.row_count, a, b); });
-  else
-    at::parallel_for(0, head.row_count, 16, [&](int64_t a, int64_t b) { piece(a, b, 0, head.blocks()); });
+  const int64_t threads = at::get_num_threads();
+  if (head.blocks() >= 2 * threads || head.row_count <= kRowChunk) {
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, std::min(threads, head.blocks()), 1, [&](int64_t, int64_t) {
+      auto partial = std::make_unique<Partial>(head.exceptions, 0, head.row_count, head.k);
+      for (int64_t block = next.fetch_add(1); block < head.blocks(); block = next.fetch_add(1))
+        head.scan(block, *partial);
+      keep(std::move(partial));
+    });
+  } else {
+    run_tasks((head.row_count + kRowChunk - 1) / kRowChunk, [&](int64_t i) {
+      const int64_t row = i * kRowChunk;
+      auto partial = std::make_unique<Partial>(head.exceptions, row, std::min(kRowChunk, head.row_count - row), head.k);
+      for (int64_t block = 0; block < head.blocks(); ++block) head.scan(block, *partial);
+      keep(std::move(partial));
+    });
+  }
   return partials;
 }
 
@@ -281,12 +293,16 @@ std::tuple<at::Tensor, at::Tensor> lm_head_topk(const at::Tensor& x_any, const a
 
   const bool* suppress_rows = suppressed.defined() ? suppressed.const_data_ptr<bool>() : nullptr;
   const gemm::Kernels& product_kernels = gemm::kernels(current_isa(), weight.format);
-  const at::Tensor storage = at::empty({row_storage_bytes(product_kernels, weight, rows)}, at::kByte);
+  PackedRows packed_rows(product_kernels, weight, x, 0, rows);
+  const at::Tensor storage = at::empty({packed_rows.storage_bytes()}, at::kByte);
+  packed_rows.set_storage(static_cast<char*>(storage.data_ptr()));
+  run_tasks((rows + kPackRows - 1) / kPackRows,
+            [&](int64_t i) { packed_rows.pack(i * kPackRows, std::min(rows, (i + 1) * kPackRows)); });
   Head head = {product_kernels,
                lm_head::kernels(current_isa()),
                weight,
                bias_values,
-               prepare_rows(product_kernels, weight, source_rows(x), 0, rows, static_cast<char*>(storage.data_ptr())),
+               packed_rows,
                rows,
                k,
                list_exceptions(rows, vocab_size, banned_ids, static_cast<int32_t>(suppress_id), suppress_rows),

@@ -150,35 +150,43 @@ at::Tensor check_rows(const char* op, const at::Tensor& x) {
   return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
 }
 
-gemm::Source source_rows(const at::Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.scalar_type() == at::kBFloat16};
+PackedRows::PackedRows(const gemm::Kernels& kernels, const gemm::Weight& weight, const at::Tensor& x, int64_t first,
+                       int64_t count)
+    : kernels_(kernels),
+      format_(weight.format),
+      k_(weight.k),
+      count_(count),
+      source_{static_cast<const char*>(x.const_data_ptr()) + first * x.stride(0) * x.element_size(), x.stride(0),
+              x.scalar_type() == at::kBFloat16} {}
+
+bool PackedRows::in_place() const { return format_ == Format::kFp32 && !source_.bf16; }
+
+// The packed rows, then for int8 the scales.
+int64_t PackedRows::storage_bytes() const {
+  if (in_place()) return 0;
+  return round_up(count_, kRowMultiple) * (padded_k(format_, k_) * kernels_.row_element_bytes + 4);
 }
 
-namespace {
+void PackedRows::set_storage(char* storage) { storage_ = storage; }
 
-int64_t packed_row_bytes(const gemm::Kernels& kernels, const gemm::Weight& weight) {
-  return padded_k(weight.format, weight.k) * kernels.row_element_bytes;
+gemm::Rows PackedRows::from(int64_t begin) const {
+  if (in_place()) {
+    const float* rows = static_cast<const float*>(source_.data);
+    return {rows + begin * source_.stride, source_.stride * static_cast<int64_t>(sizeof(float)), nullptr};
+  }
+  const int64_t stride = padded_k(format_, k_) * kernels_.row_element_bytes;
+  const char* scales = storage_ + round_up(count_, kRowMultiple) * stride;
+  return {storage_ + begin * stride, stride, reinterpret_cast<const float*>(scales) + begin};
 }
 
-int64_t packed_rows_bytes(const gemm::Kernels& kernels, const gemm::Weight& weight, int64_t row_count) {
-  return round_up(round_up(row_count, kernels.row_multiple) * packed_row_bytes(kernels, weight), 64) + 64;
-}
-
-}  // namespace
-
-int64_t row_storage_bytes(const gemm::Kernels& kernels, const gemm::Weight& weight, int64_t row_count) {
-  return packed_rows_bytes(kernels, weight, row_count) + row_count * static_cast<int64_t>(sizeof(float));
-}
-
-gemm::Rows prepare_rows(const gemm::Kernels& kernels, const gemm::Weight& weight, const gemm::Source& source,
-                        int64_t row, int64_t row_count, char* storage) {
-  const int64_t element = source.bf16 ? 2 : 4;
-  const gemm::Source rows = {static_cast<const char*>(source.data) + row * source.stride * element, source.stride,
-                             source.bf16};
-  if (weight.format == Format::kFp32 && !source.bf16) return {rows.data, source.stride * element, nullptr};
-  float* scales = reinterpret_cast<float*>(storage + packed_rows_bytes(kernels, weight, row_count));
-  kernels.pack_rows(rows, row_count, weight.k, storage, scales);
-  return {storage, packed_row_bytes(kernels, weight), scales};
+void PackedRows::pack(int64_t begin, int64_t end) const {
+  if (in_place()) return;
+  const gemm::Rows rows = from(begin);
+  const gemm::Source source = {static_cast<const char*>(source_.data) + begin * source_.stride * (source_.bf16 ? 2 : 4),
+                               source_.stride, source_.bf16};
+  char* to = storage_ + (static_cast<const char*>(rows.data) - storage_);
+  float* scales = reinterpret_cast<float*>(storage_ + (reinterpret_cast<const char*>(rows.scales) - storage_));
+  kernels_.pack_rows(source, end - begin, k_, to, scales);
 }
 
 }  // namespace minilm_fast

@@ -3,8 +3,7 @@
 #include "gemm.h"
 #include "vector.h"
 
-// Packing of rows. Writes are whole vectors: they may run over the end of a row into the next one, which is written
-// after it, and over the end of the last one by less than 64 bytes.
+// Packing of rows.
 namespace minilm_fast::gemm {
 namespace {
 
@@ -29,7 +28,7 @@ inline void pack_each_row(const Source& source, int64_t row_count, PackRow pack_
 inline void pack_rows_fp32(const Source& source, int64_t row_count, int64_t k, void* rows, float*) {
   pack_each_row(source, row_count, [&](int64_t m, const auto* row) {
     float* out = static_cast<float*>(rows) + m * k;
-    for_each_vector(row, k, [&](int64_t i, Float x) { store(out + i, x); });
+    for_each_vector(row, k, [&](int64_t i, Float x) { store_part(out + i, x, k - i); });
   });
 }
 
