@@ -262,7 +262,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=_numbers, default=[1], help="numbers of threads")
     parser.add_argument("--layers", type=int, default=12, help="weights that are used in turn")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--isa", help="lower the instruction set of minilm_fast (default, avx2, avx512, avx512vnni)")
+    parser.add_argument("--isa", help="lower the instruction set of minilm_fast, such as to avx2")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     options = parser.parse_args(arguments)
     for name in ("layers", "rounds"):

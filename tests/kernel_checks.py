@@ -10,7 +10,7 @@ import torch
 
 extension = pytest.importorskip("minilm_fast._C", reason="the extension is not built")
 
-_ASCENDING = ("default", "avx2", "avx512", "avx512vnni", "amx")
+_ASCENDING = ("default", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 BEST_ISA: str = extension.isa()
 ISAS = _ASCENDING[: _ASCENDING.index(BEST_ISA) + 1]
 DTYPES = (torch.float32, torch.bfloat16)

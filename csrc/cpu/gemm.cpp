@@ -11,9 +11,9 @@ const Kernels kDefaultInt8 = {2, 1, pack_rows_int16, multiply_int8};
 
 #ifdef MINILM_FAST_X86
 // In the order of Isa.
-constexpr const Kernels* kFp32[] = {&kDefaultFp32, &kAvx2Fp32, &kAvx512Fp32, &kAvx512Fp32, &kAvx512Fp32};
-constexpr const Kernels* kBf16[] = {&kDefaultBf16, &kAvx2Bf16, &kAvx512Bf16, &kVnniBf16, &kAmxBf16};
-constexpr const Kernels* kInt8[] = {&kDefaultInt8, &kAvx2Int8, &kAvx512Int8, &kVnniInt8, &kAmxInt8};
+constexpr const Kernels* kFp32[] = {&kDefaultFp32, &kAvx2Fp32, &kAvx512Fp32, &kAvx512Fp32, &kAvx512Fp32, &kAvx512Fp32};
+constexpr const Kernels* kBf16[] = {&kDefaultBf16, &kAvx2Bf16, &kAvx512Bf16, &kAvx512Bf16, &kDotBf16, &kAmxBf16};
+constexpr const Kernels* kInt8[] = {&kDefaultInt8, &kAvx2Int8, &kAvx512Int8, &kVnniInt8, &kVnniInt8, &kAmxInt8};
 #else
 constexpr const Kernels* kFp32[] = {&kDefaultFp32};
 constexpr const Kernels* kBf16[] = {&kDefaultBf16};

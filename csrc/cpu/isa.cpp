@@ -13,7 +13,7 @@
 namespace minilm_fast {
 namespace {
 
-constexpr std::array<const char*, 5> kNames = {"default", "avx2", "avx512", "avx512vnni", "amx"};
+constexpr std::array<const char*, 6> kNames = {"default", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
 
 #ifdef MINILM_FAST_X86
 // Linux hands out the AMX tile state only on request.
@@ -35,10 +35,11 @@ Isa detect() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return Isa::kAvx2;
-  if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512vnni")) return Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Vnni;
   constexpr unsigned kAmxBf16 = 22, kAmxTile = 24, kAmxInt8 = 25;
   if (cpuid7_edx(kAmxBf16) && cpuid7_edx(kAmxTile) && cpuid7_edx(kAmxInt8) && request_amx()) return Isa::kAmx;
-  return Isa::kAvx512Vnni;
+  return Isa::kAvx512Bf16;
 }
 #else
 Isa detect() { return Isa::kDefault; }
@@ -56,8 +57,7 @@ Isa parse(const std::string& name) {
         throw std::invalid_argument("this processor does not have the instruction set '" + name + "'");
       return static_cast<Isa>(i);
     }
-  throw std::invalid_argument("unknown instruction set '" + name +
-                              "' (default, avx2, avx512, avx512vnni or amx)");
+  throw std::invalid_argument("unknown instruction set '" + name + "' (default, avx2, avx512, avx512vnni, avx512bf16 or amx)");
 }
 
 std::atomic<int>& chosen() {

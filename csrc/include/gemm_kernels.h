@@ -9,7 +9,7 @@ extern const Kernels kDefaultFp32, kDefaultBf16, kDefaultInt8;
 #ifdef MINILM_FAST_X86
 extern const Kernels kAvx2Fp32, kAvx2Bf16, kAvx2Int8;
 extern const Kernels kAvx512Fp32, kAvx512Bf16, kAvx512Int8;
-extern const Kernels kVnniBf16, kVnniInt8;
+extern const Kernels kVnniInt8, kDotBf16;
 extern const Kernels kAmxBf16, kAmxInt8;
 #endif
 
