@@ -359,6 +359,10 @@ def _write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
         save_file(distinct, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error)) from error
+    # safetensors writes files that only their owner may read; this one is to be like any other file.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(file, 0o666 & ~mask)
 
 
 @contextmanager

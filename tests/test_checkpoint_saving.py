@@ -314,3 +314,10 @@ def test_saving_where_a_file_is_in_the_way(tmp_path):
         checkpoint.save(tmp_path / "file" / "a", *old_checkpoint())
     with pytest.raises(UserError, match="cannot be written"):
         checkpoint.save(tmp_path / "file", *old_checkpoint())
+
+
+def test_saved_weights_have_the_mode_of_any_file(tmp_path):
+    loaded = checkpoint.load(GOLDENS / "tiny")
+    checkpoint.save(tmp_path / "saved", loaded.config, loaded.state)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "saved" / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

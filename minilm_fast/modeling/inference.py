@@ -1,8 +1,8 @@
 """The encoder with packed weights for decoding: prefill of sources, then one step at a time.
 
 Built from a configuration and a state dict with canonical names; independent of the trainable network. Biases and
-norms stay fp32, activations too; ``dtype`` is the format of the linear layers' weights. Unless it is fp32, keys and
-values are cached as bf16, which halves what a step reads.
+norms stay fp32, and so do the activations between operators; ``dtype`` is the format of the linear layers' weights.
+Unless it is fp32, sources attend in bf16 and keys and values are cached as bf16, which halves what a step reads.
 """
 
 from __future__ import annotations
@@ -58,9 +58,11 @@ class _Projection:
     query: _Linear | None
     key_value: _Linear | None
 
-    def __call__(self, x: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, x: torch.Tensor, heads: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.fused is not None:
-            q, k, v = self.fused(x).view(x.shape[0], 3, heads, -1).unbind(1)
+            q, k, v = self.fused(x).to(dtype).view(x.shape[0], 3, heads, -1).unbind(1)
             return q, k, v
         k, v = self.keys_values(x, heads)
         return self.queries(x, heads), k, v
@@ -277,7 +279,7 @@ class InferenceEngine:
             if last:
                 k, v = layer.projection.keys_values(x, self.heads)
             else:
-                q, k, v = layer.projection(x, self.heads)
+                q, k, v = layer.projection(x, self.heads, cache.source_k.dtype)
             source_k, source_v = cache.source_k[index], cache.source_v[index]
             ops.store_source(k, v, layout.cu_seqlens, counts, slots, source_k, source_v, cache.source_lengths)
             if keep_query:
@@ -287,7 +289,7 @@ class InferenceEngine:
                 x = self._last_query(layer, x[query_rows], k[query_rows], v[query_rows], slots, cache)
             else:
                 context, _ = ops.attention(q, k, v, layout, scale=self.scale, **bias_args)
-                x = layer.after_attention(context, x)
+                x = layer.after_attention(context.float(), x)
         return x
 
     def _last_query(
