@@ -1,9 +1,5 @@
 #include <torch/library.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <vector>
 
 #include "checks.h"
@@ -47,18 +43,6 @@ void check_sequences(const at::Tensor& cu_seqlens, const at::Tensor& source_coun
   }
 }
 
-// Every step reads the whole cache, so that memory's speed is the limit, and on pages of 4 kB a third of that goes
-// into looking up addresses. A hint that comes before the memory is first touched; where it cannot be followed,
-// nothing changes.
-void prefer_huge_pages(const at::Tensor& cache) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(cache.data_ptr()), end = begin + cache.nbytes();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 void store_source(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
                   const at::Tensor& source_counts, const at::Tensor& slots, at::Tensor& source_k, at::Tensor& source_v,
                   at::Tensor& source_lengths) {
@@ -90,8 +74,6 @@ void store_source(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu
   problem.heads = k.size(1);
   problem.size = k.size(2);
   problem.source_capacity = source_k.size(3);
-  prefer_huge_pages(source_k);
-  prefer_huge_pages(source_v);
   int32_t* lengths = source_lengths.data_ptr<int32_t>();
   for (int64_t i = 0; i < batch; ++i) lengths[slot[i]] = counts[i];
   const DecodeKernels kernels = decode_kernels();
