@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
@@ -238,6 +239,8 @@ def say(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    # An exit, unlike a bare signal, takes the children along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for path in (options.json, options.plot):
             if path is not None and not path.resolve().parent.is_dir():
@@ -249,6 +252,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, WorkerError, Unsupported) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     results = benchmark.to_json()
     print(report.text(results))
     if options.json is not None:

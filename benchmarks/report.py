@@ -20,6 +20,8 @@ from work import Work, encoder_decoder, masked_query_decoder
 
 OURS = "minilm_fast"
 MASKED_QUERY = (OURS, "original")
+TOLERATED = 0.3
+"""Cores beyond the free ones that other processes may use before the figures are called disturbed."""
 RATED = {
     "source: linear": ("source_linear", "linear"),
     "source: attention": ("source_attention", "attention"),
@@ -32,7 +34,7 @@ NOTE = (
     "cpu-s: CPU-seconds of all threads together; one second on the clock with two busy cores is two cpu-s. Medians "
     "over the rounds, smallest and largest in brackets. Of the limit: what the task's products would take at the "
     "measured peak of their dtype, over what the run took (CPU-seconds for both). Others: cores that other processes "
-    "kept busy during the runs; above a few tenths, measure again."
+    "kept busy during the runs."
 )
 COUSIN = (
     "hf and ctranslate2 run the size-matched BART cousin (as many encoder and decoder layers, same width, random "
@@ -42,7 +44,8 @@ COUSIN = (
 
 def text(results: dict[str, Any]) -> str:
     """All tables."""
-    parts = [_heading(results), _systems(results), _ratios(results), _alone(results), _breakdowns(results)]
+    parts = [_heading(results), _systems(results), disturbance(results), _ratios(results), _alone(results)]
+    parts.append(_breakdowns(results))
     if results["left_out"]:
         parts.append("\n".join(f"not measured: {name}: {why}" for name, why in results["left_out"].items()))
     parts += [NOTE, COUSIN]
@@ -121,6 +124,18 @@ def _systems(results: dict[str, Any]) -> str:
         )
     header = ["a sequence", "cpu-s", "wall s", "cpu-ms a step", "steps measured", "of the limit", "peak MB", "others"]
     return table(header, rows)
+
+
+def disturbance(results: dict[str, Any]) -> str:
+    """A warning if other processes took cores that the measured threads needed; else an empty text."""
+    runs = [run for system in results["systems"] for run in system["batch"] + system["alone"]]
+    worst = max((run["others"] for run in runs), default=0.0)
+    if worst + results["threads"] <= results["machine"]["cores"] + TOLERATED:
+        return ""
+    return (
+        f"WARNING: other processes kept up to {worst:.1f} cores busy. Threads that wait for a partner without a core "
+        "spin, which inflates cpu-s many times over where products are small: do not quote these figures or ratios."
+    )
 
 
 def _ratios(results: dict[str, Any]) -> str:
