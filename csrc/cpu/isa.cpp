@@ -57,7 +57,8 @@ Isa parse(const std::string& name) {
         throw std::invalid_argument("this processor does not have the instruction set '" + name + "'");
       return static_cast<Isa>(i);
     }
-  throw std::invalid_argument("unknown instruction set '" + name + "' (default, avx2, avx512, avx512vnni, avx512bf16 or amx)");
+  throw std::invalid_argument("unknown instruction set '" + name +
+                              "' (default, avx2, avx512, avx512vnni, avx512bf16 or amx)");
 }
 
 std::atomic<int>& chosen() {
