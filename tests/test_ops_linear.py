@@ -382,6 +382,7 @@ X = torch.zeros(3, 8)
             lambda: linear_op(X, weight=ops.pack_weight(torch.randn(6, 8)).data[:-1]),
         ),
         ("weight must have the shape", lambda: torch.ops.minilm_fast.pack_weight(X[0], 0)),
+        ("weight must not be empty", lambda: ops.pack_weight(torch.zeros(4, 0))),
         ("weight must be .*Long", lambda: torch.ops.minilm_fast.pack_weight(X.long(), 0)),
         ("format must be", lambda: torch.ops.minilm_fast.pack_weight(X, -1)),
         ("weight must be finite", lambda: ops.pack_weight(X / 0, "int8")),

@@ -77,6 +77,7 @@ at::Tensor pack_weight(const at::Tensor& weight, int64_t format_number) {
   check_format("pack_weight", format_number);
   check_float("pack_weight", "weight", weight);
   check_shape("pack_weight", "weight", weight, {-1, -1});
+  TORCH_CHECK(weight.numel() > 0, "pack_weight: weight must not be empty, got shape ", weight.sizes());
   const Format format = static_cast<Format>(format_number);
   const at::Tensor w = weight.to(at::kFloat).contiguous();
   TORCH_CHECK(format != Format::kInt8 || at::isfinite(w).all().item<bool>(),

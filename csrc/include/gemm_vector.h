@@ -114,10 +114,12 @@ void multiply_tile(const Product& product, int64_t row, int64_t panel, Prefetch 
     const int64_t end = begin + P::kBlockSteps < steps ? begin + P::kBlockSteps : steps;
     typename P::Accumulator sum[kRows][kVectors] = {};
     int64_t step = begin;
-    for (; step + kChunkSteps <= end;) {
+    while (step + kChunkSteps <= end) {
       prefetch.fetch_chunk();
-      for (const int64_t chunk = step + kChunkSteps; step < chunk; ++step)
-        multiply_step<P, kRows, kPanels>(sum, rows, weights, bytes, step);
+      int64_t chunk_end = step + kChunkSteps;
+      // Unrolled, the loop would be reordered until the registers do not suffice: its length is hidden.
+      __asm__("" : "+r"(chunk_end));
+      for (; step < chunk_end; ++step) multiply_step<P, kRows, kPanels>(sum, rows, weights, bytes, step);
     }
     for (; step < end; ++step) multiply_step<P, kRows, kPanels>(sum, rows, weights, bytes, step);
 #pragma GCC unroll 8
