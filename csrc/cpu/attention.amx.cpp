@@ -114,7 +114,7 @@ class AmxAttentionHead : AttentionRows<Bf16> {
 
 void attention_amx(const AttentionProblem& problem, const AttentionTask& task, float* scratch) {
   Buffers buffers;
-  TileSession session;
+  TileRegisters registers;
   AmxAttentionHead(problem, task, scratch, buffers).run();
 }
 

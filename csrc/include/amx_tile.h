@@ -16,9 +16,9 @@ constexpr int64_t kAmxKeyBlock = 512;
 constexpr int64_t kAmxScoreStride = kAmxKeyBlock + kTileSide;
 
 // Configures all eight registers as full tiles for as long as it lives.
-class TileSession {
+class TileRegisters {
  public:
-  TileSession() {
+  TileRegisters() {
     struct __attribute__((packed)) {
       uint8_t palette = 1, start_row = 0, unused[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -26,9 +26,9 @@ class TileSession {
     } config;
     _tile_loadconfig(&config);
   }
-  ~TileSession() { _tile_release(); }
-  TileSession(const TileSession&) = delete;
-  TileSession& operator=(const TileSession&) = delete;
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
 // The intrinsics do not tell the compiler which memory they use.
