@@ -265,14 +265,8 @@ class InferenceEngine:
         query_rows = layout.cu_seqlens[1:].long() - 1
         types[query_rows] = self.config.target_type_id
         counts = torch.tensor(lengths, dtype=torch.int32)
-        bias_args = (
-            {}
-            if self.relative_bias is None
-            else {
-                "relative_bias": self.relative_bias,
-                "position_ids": positions,
-            }
-        )
+        bias = self.relative_bias
+        at = None if bias is None else positions
         x = self._embed(ids, positions, types)
         for index, layer in enumerate(self._layers):
             last = index == len(self._layers) - 1
@@ -288,7 +282,7 @@ class InferenceEngine:
             if last:
                 x = self._last_query(layer, x[query_rows], k[query_rows], v[query_rows], slots, cache)
             else:
-                context, _ = ops.attention(q, k, v, layout, scale=self.scale, **bias_args)
+                context, _ = ops.attention(q, k, v, layout, scale=self.scale, relative_bias=bias, position_ids=at)
                 x = layer.after_attention(context.float(), x)
         return x
 

@@ -6,7 +6,8 @@ from minilm_fast.ops.beam import ban_repeated_ngrams, beam_step
 from minilm_fast.ops.decode_attention import decode_attention, store_source
 from minilm_fast.ops.layout import SequenceLayout
 from minilm_fast.ops.linear import PackedWeight, linear, lm_head_topk, pack_weight
-from minilm_fast.ops.norm import add_layer_norm, bias_gelu, embed_layer_norm
+from minilm_fast.ops.loss import label_smoothed_cross_entropy
+from minilm_fast.ops.norm import add_layer_norm, bias_gelu, dropout_add_layer_norm, embed_layer_norm
 
 __all__ = [
     "PackedWeight",
@@ -18,8 +19,10 @@ __all__ = [
     "beam_step",
     "bias_gelu",
     "decode_attention",
+    "dropout_add_layer_norm",
     "embed_layer_norm",
     "forced_backend",
+    "label_smoothed_cross_entropy",
     "linear",
     "lm_head_topk",
     "pack_weight",

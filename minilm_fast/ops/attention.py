@@ -5,7 +5,10 @@ For head ``h`` and row ``i`` of a sequence, with ``M_i`` the set of columns the 
 
     s_ij = scale * <q_i, k_j> + relative_bias[h, clamp(p_j - p_i)]
     lse_i = log sum_{j in M_i} exp(s_ij)
-    out_i = sum_{j in M_i} exp(s_ij - lse_i) v_j
+    out_i = sum_{j in M_i} f_ij exp(s_ij - lse_i) v_j
+
+``f_ij`` is the dropout factor of row ``i`` of ``q`` and column ``j`` of its sequence in stream ``h`` (see
+:mod:`minilm_fast.ops.dropout`), 1 without dropout.
 """
 
 from __future__ import annotations
@@ -54,33 +57,63 @@ def attention(
     scale: float | None = None,
     relative_bias: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Self-attention over packed sequences (module docstring; UniLM, arXiv 1905.03197, equations 1-2).
 
     Args:
-        q, k, v: ``[tokens, heads, head_dim]``, fp32 or bf16, all of one dtype. The last dimension is contiguous;
+        q: ``[layout.total_queries, heads, head_dim]``: the rows that ask, by default all.
+        k, v: ``[tokens, heads, head_dim]``. All three are of one dtype, fp32 or bf16; the last dimension is contiguous,
             the others may be strided, so views of a fused projection need no copy.
         layout: lengths and mask of the batch.
         scale: factor of the scores, ``head_dim ** -0.5`` if None.
         relative_bias: fp32 ``[heads, 2R + 1]``, added by the distance of the positions, clamped to ``[-R, R]``.
         position_ids: int32 ``[tokens]``, needed with ``relative_bias``.
+        dropout: chance of a probability to be dropped, below 1.
+        seed: int64 ``[1]`` on the CPU, needed with ``dropout``; the same seed drops the same elements.
 
     Returns:
-        ``(out, lse)``: ``[tokens, heads, head_dim]`` in the input's dtype, and fp32 ``[heads, tokens]``.
+        ``(out, lse)``: the shape of ``q`` in its dtype, and fp32 ``[heads, total_queries]``. No gradient flows through
+        ``lse``.
 
     Raises:
-        ValueError: shapes do not fit the layout, or ``relative_bias`` comes without ``position_ids``.
+        ValueError: shapes do not fit the layout, ``relative_bias`` comes without ``position_ids``, or ``dropout``
+            without ``seed``.
     """
-    if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
+    _check(q, k, v, layout, dropout, seed)
+    if (relative_bias is None) != (position_ids is None):
+        raise ValueError("attention: relative_bias and position_ids go together")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    backend = select("attention", q, k, v, relative_bias)
+    if backend == "reference" or dropout > 0 or layout.cu_queries is not None:
+        return reference.attention(
+            q,
+            k,
+            v,
+            layout,
+            scale=scale,
+            relative_bias=relative_bias,
+            position_ids=position_ids,
+            dropout=dropout,
+            seed=seed,
+        )
+    return _op(q, k, v, layout.cu_seqlens, layout.segments, layout.max_seqlen, scale, relative_bias, position_ids)
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SequenceLayout, dropout: float, seed: torch.Tensor | None
+) -> None:
+    if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or q.shape[1:] != k.shape[1:]:
         raise ValueError(
             f"attention: q, k and v must be one shape [tokens, heads, head_dim], got {tuple(q.shape)}, "
             f"{tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if q.shape[0] != layout.total:
-        raise ValueError(f"attention: q has {q.shape[0]} tokens, the layout {layout.total}")
-    if (relative_bias is None) != (position_ids is None):
-        raise ValueError("attention: relative_bias and position_ids go together")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if select("attention", q, k, v, relative_bias) == "reference":
-        return reference.attention(q, k, v, layout, scale=scale, relative_bias=relative_bias, position_ids=position_ids)
-    return _op(q, k, v, layout.cu_seqlens, layout.segments, layout.max_seqlen, scale, relative_bias, position_ids)
+    if q.shape[0] != layout.total_queries:
+        raise ValueError(f"attention: q has {q.shape[0]} tokens, the layout {layout.total_queries}")
+    if k.shape[0] != layout.total:
+        raise ValueError(f"attention: k has {k.shape[0]} tokens, the layout {layout.total}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"attention: dropout must be at least 0 and below 1, got {dropout}")
+    if dropout > 0 and seed is None:
+        raise ValueError("attention: dropout needs a seed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,12 +24,21 @@ class SequenceLayout:
         segments: int32 ``[batch, 3]``: numbers of source, target and pseudo tokens.
         max_seqlen: length of the longest sequence.
         total: number of tokens.
+        cu_queries: int32 ``[batch + 1]`` or None: of sequence ``i`` only the last
+            ``cu_queries[i + 1] - cu_queries[i]`` rows ask (see :meth:`with_queries`).
+        total_queries: number of rows that ask.
     """
 
     cu_seqlens: torch.Tensor
     segments: torch.Tensor
     max_seqlen: int
     total: int
+    cu_queries: torch.Tensor | None = None
+    total_queries: int = -1
+
+    def __post_init__(self) -> None:
+        if self.cu_queries is None:
+            object.__setattr__(self, "total_queries", self.total)
 
     @classmethod
     def from_counts(
@@ -71,6 +80,48 @@ class SequenceLayout:
     def pseudo_masked(cls, source: Counts, target: Counts, device: torch.device | str = "cpu") -> SequenceLayout:
         """Source, target and as many pseudo tokens as target tokens (arXiv 2002.12804, section 3.2)."""
         return cls.from_counts(source, target, target, device)
+
+    def with_queries(self, counts: Counts) -> SequenceLayout:
+        """The same sequences, of which only the last ``counts[i]`` rows ask; all rows are still seen.
+
+        This is what the last layer needs when only these rows are read.
+
+        Raises:
+            ValueError: not one count per sequence, or a count is negative or above the sequence's length.
+        """
+        queries = torch.as_tensor(counts, dtype=torch.int32, device=self.segments.device).reshape(-1)
+        lengths = self.cu_seqlens.diff()
+        if queries.shape != lengths.shape:
+            raise ValueError(f"{lengths.numel()} sequences, but {queries.numel()} counts of queries")
+        if bool(((queries < 0) | (queries > lengths)).any()):
+            raise ValueError("the count of queries must be between 0 and the length of the sequence")
+        cu_queries = torch.zeros_like(self.cu_seqlens)
+        cu_queries[1:] = queries.cumsum(0)
+        return replace(self, cu_queries=cu_queries, total_queries=int(cu_queries[-1]))
+
+    def query_index(self) -> torch.Tensor:
+        """The tokens that ask: int64 ``[total_queries]``."""
+        index = torch.arange(self.total_queries, device=self.segments.device)
+        if self.cu_queries is None:
+            return index
+        shift = (self.cu_seqlens[1:] - self.cu_queries[1:]).long()
+        return index + shift.repeat_interleave(self.cu_queries.diff(), output_size=self.total_queries)
+
+    def in_source(self) -> torch.Tensor:
+        """Which tokens belong to a source: bool ``[total]``."""
+        end = (self.cu_seqlens[:-1] + self.segments[:, 0]).repeat_interleave(
+            self.cu_seqlens.diff(), output_size=self.total
+        )
+        return torch.arange(self.total, device=end.device) < end
+
+    def to(self, device: torch.device | str) -> SequenceLayout:
+        """The same layout with its tensors on a device."""
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            segments=self.segments.to(device, non_blocking=True),
+            cu_queries=None if self.cu_queries is None else self.cu_queries.to(device, non_blocking=True),
+        )
 
     def dense_mask(self) -> torch.Tensor:
         """The mask as a matrix: bool ``[batch, max_seqlen, max_seqlen]``, True where a row sees a column.

@@ -51,6 +51,39 @@ def add_layer_norm(
     return _norm_op(x, residual, weight, bias, eps)
 
 
+def dropout_add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``LayerNorm(dropout(x) + residual)``, differentiable.
+
+    Args:
+        x: fp32 or bf16 ``[rows, channels]``.
+        residual: fp32 or bf16 of the same shape, or None.
+        weight, bias: fp32 ``[channels]``.
+        eps: added to the variance.
+        dropout: chance of an element of ``x`` to be dropped, below 1 (see :mod:`minilm_fast.ops.dropout`).
+        seed: int64 ``[1]`` on the CPU, needed with ``dropout``; the same seed drops the same elements.
+
+    Returns:
+        ``[rows, channels]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: ``dropout`` out of range or without ``seed``.
+        RuntimeError: shapes do not fit.
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout_add_layer_norm: dropout must be at least 0 and below 1, got {dropout}")
+    if dropout > 0 and seed is None:
+        raise ValueError("dropout_add_layer_norm: dropout needs a seed")
+    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout, seed)
+
+
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``GELU(x + bias)``, exact (erf).
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from minilm_fast.ops.dropout import dropout_factors
 from minilm_fast.ops.layout import SequenceLayout
 
 FORBIDDEN = -10000.0
@@ -48,13 +49,19 @@ def attention(
     scale: float,
     relative_bias: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Specification of :func:`minilm_fast.ops.attention`; same arguments and results."""
-    dtype = q.dtype
-    if layout.total == 0:
-        return torch.zeros_like(q), _accumulate(q.new_zeros(q.shape[1], 0))
-    dense = [_pad(_accumulate(x), layout).transpose(1, 2) for x in (q, k, v)]
-    scores = dense[0] @ dense[1].transpose(-1, -2) * scale
+    dtype, heads = q.dtype, q.shape[1]
+    if layout.total_queries == 0:
+        return torch.zeros_like(q), _accumulate(q.new_zeros(heads, 0))
+    asking = layout.query_index()
+    index = tuple(i[asking] for i in _padded_index(layout))
+    padded = q.new_zeros(layout.segments.shape[0], layout.max_seqlen, *q.shape[1:])
+    queries = _accumulate(padded.index_put(index, q)).transpose(1, 2)
+    keys, values = (_pad(_accumulate(x), layout).transpose(1, 2) for x in (k, v))
+    scores = queries @ keys.transpose(-1, -2) * scale
     if relative_bias is not None and position_ids is not None:
         positions = _pad(position_ids, layout)
         scores = scores + distance_bias(relative_bias.to(scores.dtype), positions, positions).transpose(0, 1)
@@ -63,9 +70,12 @@ def attention(
     # A row beyond the length sees nothing; a finite value keeps NaN out of it and out of its gradient.
     valid = torch.isfinite(lse)[..., None]
     probabilities = torch.where(valid, scores - torch.where(valid, lse[..., None], 0.0), float("-inf")).exp()
-    sequence, token = _padded_index(layout)
-    out = (probabilities @ dense[2]).transpose(1, 2)[sequence, token]
-    return out.to(dtype), lse.transpose(1, 2)[sequence, token].transpose(0, 1).contiguous()
+    if dropout > 0 and seed is not None:
+        factors = dropout_factors(dropout, seed, q.shape[0], layout.max_seqlen, heads, q.device).transpose(0, 1)
+        rows = factors.new_zeros(*padded.shape[:3], layout.max_seqlen).index_put(index, factors)
+        probabilities = probabilities * rows.transpose(1, 2)
+    out = (probabilities @ values).transpose(1, 2)[index]
+    return out.to(dtype), lse.transpose(1, 2)[index].transpose(0, 1).contiguous()
 
 
 def decode_attention(
@@ -190,6 +200,24 @@ def add_layer_norm(
     return normal.to(x.dtype)
 
 
+def dropout_add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.dropout_add_layer_norm`; same arguments and result."""
+    total = _accumulate(x)
+    if dropout > 0 and seed is not None:
+        total = total * dropout_factors(dropout, seed, x.shape[0], x.shape[1], device=x.device)[0]
+    if residual is not None:
+        total = total + residual
+    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(x.dtype)
+
+
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Specification of :func:`minilm_fast.ops.bias_gelu`; same arguments and result."""
     wide = _accumulate(x)
@@ -212,6 +240,21 @@ def embed_layer_norm(
     if type is not None and types is not None:
         x = x + _accumulate(type[types.long()])
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def label_smoothed_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, smoothing: float
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.label_smoothed_cross_entropy`; same arguments and result."""
+    logits = _accumulate(hidden) @ _accumulate(weight).T + bias
+    if smoothing == 0:
+        return F.cross_entropy(logits, labels, reduction="none")
+    vocabulary = weight.shape[0]
+    target = torch.full_like(logits, smoothing / (vocabulary - 2))
+    target[:, 0] = 0.0
+    target.scatter_(1, labels[:, None], 1 - smoothing)
+    target = target.masked_fill((labels == 0)[:, None], 0.0)
+    return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
 
 
 def ban_repeated_ngrams(tokens: torch.Tensor, lengths: torch.Tensor, n: int, ignored: torch.Tensor) -> torch.Tensor:
