@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -11,21 +10,8 @@ import torch
 
 from minilm_fast.data.batching import LengthGroupedBatches, collate, sequential_batch
 from minilm_fast.data.examples import Example, read_examples
-from minilm_fast.data.pseudo_masking import (
-    Feature,
-    Masking,
-    PseudoMasker,
-    Sample,
-    SpecialIds,
-    framed_lengths,
-)
+from minilm_fast.data.masking import Sample
 from minilm_fast.errors import UserError
-
-GOLDENS = Path(__file__).parent / "goldens" / "train"
-
-
-def _golden(name: str) -> dict:
-    return json.loads((GOLDENS / name).read_text())
 
 
 def _write(path: Path, *lines: str) -> Path:
@@ -85,57 +71,9 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
         list(read_examples(tmp_path / "binary"))
 
 
-def _masker(arguments: dict, seed: int) -> PseudoMasker:
-    special = SpecialIds(arguments["cls_id"], arguments["sep_id"], arguments["mask_id"], arguments["vocab_size"])
-    masking = Masking(
-        arguments["random_prob"],
-        arguments["keep_prob"],
-        arguments["source_mask_prob"],
-        arguments["target_mask_prob"],
-    )
-    rng = random.Random(seed)
-    return PseudoMasker(special, masking, arguments["max_source_len"], arguments["max_target_len"], rng)
-
-
-def _padded(ids: list[int], length: int) -> list[int]:
-    return ids + [0] * (length - len(ids))
-
-
-@pytest.mark.parametrize("case", _golden("dataset.json")["datasets"], ids=lambda c: str(c["python_random_seed"]))
-def test_samples_follow_the_original_draw_for_draw(case: dict) -> None:
-    features = [Feature(**feature) for feature in _golden("dataset.json")["features"]]
-    arguments = case["args"]
-    masker = _masker(arguments, case["python_random_seed"])
-    source_length, target_length = arguments["max_source_len"], arguments["max_target_len"]
-    assert len(case["items_in_order"]) >= 5
-    for i, expected in enumerate(case["items_in_order"]):
-        feature = features[(arguments["offset"] + i) % len(features)]
-        sample = masker(feature)
-        found = [
-            _padded(sample.source, source_length),
-            _padded(sample.target, target_length),
-            _padded(sample.labels, target_length),
-            _padded(sample.pseudo, target_length),
-            len(sample.source),
-            len(sample.labels),
-        ]
-        assert found == expected
-        assert framed_lengths(feature, source_length, target_length) == tuple(expected[-2:])
-        assert sample.length == expected[-2] + 2 * expected[-1]
-
-
-def test_shuffle_follows_the_original() -> None:
-    for case in _golden("dataset.json")["shuffle"]:
-        rng = random.Random(case["python_random_seed"])
-        order = list(range(len(case["order_of_example_ids"])))
-        rng.shuffle(order)
-        assert order == case["order_of_example_ids"]
-        assert rng.random() == pytest.approx(case["random_after"], abs=1e-12)
-
-
 def test_collate_lays_out_source_target_pseudo() -> None:
-    long = Sample([2, 9, 8, 3], [7, 4, 3], [4, 4, 4], [7, 6, 3])
-    short = Sample([2, 3], [5], [4], [3])
+    long = Sample([2, 9, 8, 3], [7, 4, 3], [4, 4, 4], [0, 1, 2], [7, 6, 3])
+    short = Sample([2, 3], [5], [4], [0], [3])
     batch = collate([long, short], pad_id=1)
     assert batch.input_ids.tolist() == [[2, 9, 8, 3, 7, 4, 3, 4, 4, 4], [2, 3, 5, 4, 1, 1, 1, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6], [0, 1, 2, 2, 0, 0, 0, 0, 0, 0]]

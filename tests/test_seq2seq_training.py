@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from minilm_fast import checkpoint
 from minilm_fast.config import Config
 from minilm_fast.data.batching import Seq2SeqBatch, collate
-from minilm_fast.data.pseudo_masking import Feature, Sample
+from minilm_fast.data.masking import Feature, Sample
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.encoder import relative_position_bucket, segment_mask
 from minilm_fast.modeling.seq2seq import Seq2SeqModel, label_smoothed_cross_entropy
@@ -39,8 +39,8 @@ def _golden_batch() -> Seq2SeqBatch:
     inputs = _golden("inputs.json")["inputs"]["v2"]
     samples = []
     for i, (source, target) in enumerate(zip(inputs["num_source_tokens"], inputs["num_target_tokens"], strict=True)):
-        fields = (inputs[name][i][:target] for name in ("target_ids", "pseudo_ids", "label_ids"))
-        samples.append(Sample(inputs["source_ids"][i][:source], *fields))
+        queries, pseudo, labels = (inputs[name][i][:target] for name in ("target_ids", "pseudo_ids", "label_ids"))
+        samples.append(Sample(inputs["source_ids"][i][:source], queries, pseudo, list(range(target)), labels))
     return collate(samples, pad_id=0)
 
 

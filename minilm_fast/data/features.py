@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from minilm_fast.data.examples import Example
-from minilm_fast.data.pseudo_masking import Feature, SpecialIds
+from minilm_fast.data.masking import Feature, SpecialIds
 from minilm_fast.tokenization import Tokenizer
 
 
