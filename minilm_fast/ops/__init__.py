@@ -8,6 +8,7 @@ from minilm_fast.ops.layout import SequenceLayout
 from minilm_fast.ops.linear import PackedWeight, linear, lm_head_topk, pack_weight
 from minilm_fast.ops.loss import label_smoothed_cross_entropy
 from minilm_fast.ops.norm import add_layer_norm, bias_gelu, dropout_add_layer_norm, embed_layer_norm
+from minilm_fast.ops.relation_kl import relation_kl
 
 __all__ = [
     "PackedWeight",
@@ -26,5 +27,6 @@ __all__ = [
     "linear",
     "lm_head_topk",
     "pack_weight",
+    "relation_kl",
     "store_source",
 ]

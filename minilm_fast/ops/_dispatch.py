@@ -19,6 +19,8 @@ from minilm_fast.errors import UserError
 
 PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+# Operators whose C++ kernel has a backward.
+DIFFERENTIABLE = {"relation_kl"}
 
 _local = threading.local()
 _warned: set[str] = set()
@@ -89,7 +91,9 @@ def unusable(name: str, operator: str, device: str, needs_grad: bool = False) ->
         return f"the tensors are on {device}"
     if EXTENSION_ERROR is not None:
         return EXTENSION_ERROR
-    if needs_grad:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minilm_fast::{operator}", "CPU"):
+        return f"the compiled extension was built from sources that lack {operator}"
+    if needs_grad and operator not in DIFFERENTIABLE:
         return f"the C++ kernel of {operator} has no backward and a gradient is asked for"
     return None
 

@@ -140,6 +140,54 @@ def store_source(
         source_lengths[slot] = count
 
 
+def relation_kl(
+    teacher_a: torch.Tensor,
+    teacher_b: torch.Tensor,
+    student_a: torch.Tensor,
+    student_b: torch.Tensor,
+    layout: SequenceLayout,
+    *,
+    teacher_scale: float,
+    student_scale: float,
+    reduction: str = "batch_mean",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Specification of :func:`minilm_fast.ops.relation_kl`.
+
+    Same arguments; returns ``(loss, lse_teacher [H, tokens], lse_student [H, tokens])``. In fp64 if one of the
+    tensors is, else in fp32.
+    """
+    tensors = (teacher_a.detach(), teacher_b.detach(), student_a, student_b)
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    ta, tb, sa, sb = (x.to(dtype) for x in tensors)
+    heads = student_a.shape[1]
+    if layout.total == 0 or heads == 0:
+        return sa.sum() + sb.sum(), ta.new_zeros(heads, layout.total), sa.new_zeros(heads, layout.total)
+    mask = layout.dense_mask()[:, None]
+    valid = mask.any(-1)
+    # A row beyond the length must see something: the gradient of its log-sum-exp would be NaN.
+    sees = mask | ~valid[..., None]
+    sides = ((ta, tb, teacher_scale), (sa, sb, student_scale))
+    scores = [_pad(a, layout).transpose(1, 2) @ _pad(b, layout).permute(0, 2, 3, 1) * scale for a, b, scale in sides]
+    lse = [s.masked_fill(~sees, float("-inf")).logsumexp(-1) for s in scores]
+    log_p, log_q = (s - n[..., None] for s, n in zip(scores, lse, strict=True))
+    divergence = torch.where(mask, log_p.masked_fill(~mask, float("-inf")).exp() * (log_p - log_q), 0.0).sum(-1)
+    sums = torch.where(valid, divergence, 0.0).sum((1, 2))
+    loss = (sums * _sequence_weights(layout, heads, reduction, dtype)).sum()
+    sequence, token = _padded_index(layout)
+    packed = [n.detach().transpose(1, 2)[sequence, token].transpose(0, 1).contiguous() for n in lse]
+    return loss, packed[0], packed[1]
+
+
+def _sequence_weights(layout: SequenceLayout, heads: int, reduction: str, dtype: torch.dtype) -> torch.Tensor:
+    """The factor ``[batch]`` of a sequence's summed divergence in the loss."""
+    lengths = layout.segments.sum(1).to(dtype)
+    if reduction == "sum":
+        return torch.ones_like(lengths)
+    if reduction == "token_mean":
+        return torch.full_like(lengths, 1.0 / (heads * layout.total))
+    return 1.0 / (heads * lengths.clamp(min=1) * (lengths > 0).sum())
+
+
 def _quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 per row: integers in [-127, 127] (as floats) and the scale of each row."""
     scale = x.abs().amax(dim=1, keepdim=True) / 127.0
