@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilm_fast.data.batching import LengthGroupedBatches, collate, sequential_batch
+from minilm_fast.data.batching import collate
 from minilm_fast.data.examples import Example, read_examples
 from minilm_fast.data.masking import Sample
+from minilm_fast.data.orders import LengthGroupedBatches, sequential_batch
 from minilm_fast.errors import UserError
 
 
@@ -74,15 +75,18 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_collate_lays_out_source_target_pseudo() -> None:
     long = Sample([2, 9, 8, 3], [7, 4, 3], [4, 4, 4], [0, 1, 2], [7, 6, 3])
     short = Sample([2, 3], [5], [4], [0], [3])
-    batch = collate([long, short], pad_id=1)
-    assert batch.input_ids.tolist() == [[2, 9, 8, 3, 7, 4, 3, 4, 4, 4], [2, 3, 5, 4, 1, 1, 1, 1, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6], [0, 1, 2, 2, 0, 0, 0, 0, 0, 0]]
-    assert batch.segments.tolist() == [[4, 3, 3], [2, 1, 1]]
-    assert batch.predicted.tolist() == [[7, 8, 9], [3, 0, 0]]
-    assert batch.labels.tolist() == [[7, 6, 3], [3, 0, 0]]
-    assert batch.weights.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.weights.dtype == torch.float32
-    assert batch.tokens == 14
+    shifted = Sample([2, 9], [3, 7, 6], [], [0, 2], [7, 3])
+    batch = collate([long, short, shifted])
+    assert batch.input_ids.tolist() == [2, 9, 8, 3, 7, 4, 3, 4, 4, 4, 2, 3, 5, 4, 2, 9, 3, 7, 6]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 0, 1, 2, 2, 0, 1, 2, 3, 4]
+    assert batch.layout.segments.tolist() == [[4, 3, 3], [2, 1, 1], [2, 3, 0]]
+    assert batch.layout.query_index().tolist() == [7, 8, 9, 13, 16, 17, 18]
+    assert batch.predicted.tolist() == [0, 1, 2, 3, 4, 6]
+    assert batch.labels.tolist() == [7, 6, 3, 3, 7, 3]
+    assert batch.weights.tolist() == [1.0] * 6 and batch.weights.dtype == torch.float32
+    assert batch.tokens == 19
+    with pytest.raises(ValueError, match="at least one sample"):
+        collate([])
 
 
 def test_sequential_batches_go_round() -> None:

@@ -24,7 +24,7 @@ def test_philox_known_answers(word: int, expected: tuple[int, ...]) -> None:
 def test_share_and_scale(probability: float) -> None:
     factors = dropout_factors(probability, torch.tensor([2**61 + 3]), 200, 333, streams=3)
     share = round(probability * 65536) / 65536
-    assert set(factors.unique().tolist()) <= {0.0, pytest.approx(1 / (1 - share))}
+    assert torch.equal(factors.unique()[-1:], torch.tensor([1 / (1 - share)])) and factors.unique().numel() <= 2
     assert (factors == 0).double().mean().item() == pytest.approx(share, abs=5 * (share / factors.numel()) ** 0.5)
 
 

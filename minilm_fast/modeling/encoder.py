@@ -1,21 +1,24 @@
-"""The trainable Transformer encoder of the BERT family.
+"""The trainable Transformer encoder of the BERT family, over packed batches.
 
-Parameter names are those of Hugging Face's ``BertForMaskedLM`` below ``bert.``. A batch is ``[batch, length]``: every
-sequence holds its source, target and pseudo tokens one after the other, then padding; the three counts
-(``segments``) give the attention mask.
+Parameter names are those of Hugging Face's ``BertForMaskedLM`` below ``bert.``. A batch is ``[tokens, ...]`` without
+padding; a :class:`~minilm_fast.ops.layout.SequenceLayout` says where the sequences are and gives the attention mask.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from minilm_fast import ops
 from minilm_fast.config import Config
 from minilm_fast.errors import UserError
+from minilm_fast.ops.dropout import draw_seeds
+from minilm_fast.ops.layout import SequenceLayout
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -23,6 +26,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+
+# The bias of each distance [heads, 2R + 1], and the positions [tokens].
+RelativeBias = tuple[Tensor, Tensor]
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -34,32 +41,6 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in _ACTIVATIONS:
         raise UserError(f"hidden_act {name!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
     return _ACTIVATIONS[name]
-
-
-def segment_mask(segments: Tensor, length: int) -> Tensor:
-    """Which key each query may see, from the counts of source, target and pseudo tokens.
-
-    Source rows see the source. Target row ``j`` sees the source and target ``0..j``. Pseudo row ``j`` sees the
-    source, target ``0..j-1`` and itself (pseudo-masking, UniLMv2, arXiv:2002.12804, section 2). Padding rows see the
-    source and themselves, so that no row is empty.
-
-    Args:
-        segments: int64 ``[batch, 3]``, the numbers of source, target and pseudo tokens, in that order in memory.
-        length: the padded length.
-
-    Returns:
-        bool ``[batch, length, length]``, rows are queries, true where attention is allowed.
-    """
-    position = torch.arange(length, device=segments.device)
-    source, target, _ = (count.view(-1, 1) for count in segments.unbind(1))
-    is_target = (position >= source) & (position < source + target)
-    row = position - source
-    last_target_seen = torch.where(is_target, row, row - target - 1)
-    is_pseudo = (position >= source + target) & (position < segments.sum(1, keepdim=True))
-    seen_target = is_target[:, None, :] & (row[:, None, :] <= last_target_seen[:, :, None])
-    seen_target &= (is_target | is_pseudo)[:, :, None]
-    itself = torch.eye(length, dtype=torch.bool, device=segments.device)
-    return (position < source)[:, None, :] | seen_target | itself
 
 
 def relative_position_bucket(distance: Tensor, bins: int, max_distance: int) -> Tensor:
@@ -111,31 +92,31 @@ class SelfAttention(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.heads = config.num_attention_heads
+        self.probability = config.attention_probs_dropout_prob
         self.query = nn.Linear(size, size)
         self.key = nn.Linear(size, size)
         self.value = nn.Linear(size, size)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _project(self, hidden: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        return F.linear(hidden, weight, bias).chunk(len(layers), dim=-1)
+        return F.linear(hidden, weight, bias).view(hidden.shape[0], len(layers), self.heads, -1).unbind(1)
 
-    def forward(self, hidden: Tensor, bias: Tensor, queries: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, queries: Tensor | None, layout: SequenceLayout, bias: RelativeBias | None, seed: Tensor
+    ) -> Tensor:
+        """Context of the rows ``queries [rows, hidden]``, or of all rows of ``hidden [tokens, hidden]``."""
         if queries is None:
             query, key, value = self._project(hidden, [self.query, self.key, self.value])
         else:
             key, value = self._project(hidden, [self.key, self.value])
-            query = self.query(queries)
-        scale = (hidden.shape[-1] // self.heads) ** -0.5
-        # Two products and a softmax: the backward of PyTorch's fused CPU attention takes twice as long.
-        scores = (self._split(query * scale) @ self._split(key).transpose(2, 3)).add_(bias)
-        probabilities = self.dropout(scores.softmax(-1).to(query.dtype))
-        context = probabilities @ self._split(value)
-        return context.transpose(1, 2).flatten(2)
+            query = self.query(queries).unflatten(1, (self.heads, -1))
+        table, positions = bias or (None, None)
+        probability = self.probability if self.training else 0.0
+        context, _ = ops.attention(
+            query, key, value, layout, relative_bias=table, position_ids=positions, dropout=probability, seed=seed
+        )
+        return context.flatten(1)
 
 
 class ResidualOutput(nn.Module):
@@ -145,10 +126,14 @@ class ResidualOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.probability = config.hidden_dropout_prob
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+    def forward(self, x: Tensor, residual: Tensor, seed: Tensor) -> Tensor:
+        norm = self.LayerNorm
+        probability = self.probability if self.training else 0.0
+        return ops.dropout_add_layer_norm(
+            self.dense(x), residual, norm.weight, norm.bias, norm.eps, dropout=probability, seed=seed
+        )
 
 
 class Attention(nn.Module):
@@ -159,25 +144,30 @@ class Attention(nn.Module):
         self.self = SelfAttention(config)
         self.output = ResidualOutput(config.hidden_size, config)
 
-    def forward(self, hidden: Tensor, bias: Tensor, queries: Tensor | None) -> Tensor:
-        context = self.self(hidden, bias, queries)
-        return self.output(context, hidden if queries is None else queries)
-
 
 class Intermediate(nn.Module):
-    """The first half of the feed-forward network."""
+    """A linear layer and its activation."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = activation(config.hidden_act)
+        self.activation = None if config.hidden_act == "gelu" else activation(config.hidden_act)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden))
+        return activated(self.dense, self.activation, hidden)
+
+
+def activated(dense: nn.Linear, function: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    """``function(dense(x))``; None is the exact GELU, which takes the bias along."""
+    if function is None:
+        return ops.bias_gelu(F.linear(x, dense.weight), dense.bias)
+    return function(dense(x))
 
 
 class Layer(nn.Module):
     """One post-norm Transformer layer."""
+
+    SEEDS = 3
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -185,10 +175,12 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
 
-    def forward(self, hidden: Tensor, bias: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Rows ``queries [batch, rows, hidden]`` only if given, otherwise all rows of ``hidden``."""
-        attended = self.attention(hidden, bias, queries)
-        return self.output(self.intermediate(attended), attended)
+    def forward(self, hidden: Tensor, layout: SequenceLayout, bias: RelativeBias | None, seeds: Tensor) -> Tensor:
+        """``[tokens, hidden]`` to ``[layout.total_queries, hidden]``; dropout follows ``seeds`` int64 ``[3]``."""
+        queries = None if layout.cu_queries is None else hidden[layout.query_index()]
+        context = self.attention.self(hidden, queries, layout, bias, seeds[:1])
+        attended = self.attention.output(context, hidden if queries is None else queries, seeds[1:2])
+        return self.output(self.intermediate(attended), attended, seeds[2:3])
 
 
 class LayerStack(nn.Module):
@@ -202,6 +194,9 @@ class LayerStack(nn.Module):
 class Encoder(nn.Module):
     """Embeddings and layers.
 
+    Attributes:
+        gradient_checkpointing: keep only the layers' inputs for the backward pass and compute the rest again.
+
     Raises:
         UserError: the configuration asks for something that this network does not have.
     """
@@ -214,51 +209,53 @@ class Encoder(nn.Module):
                 f"{config.hidden_size}"
             )
         self.config = config
+        self.gradient_checkpointing = False
         self.embeddings = Embeddings(config)
         self.encoder = LayerStack(config)
         self.rel_pos_bias: nn.Linear | None = None
         if config.rel_pos_bins > 0:
             self.rel_pos_bias = nn.Linear(config.rel_pos_bins, config.num_attention_heads, bias=False)
 
-    def _token_types(self, segments: Tensor, length: int) -> Tensor:
-        is_source = torch.arange(length, device=segments.device) < segments[:, :1]
-        return torch.where(is_source, self.config.source_type_id, self.config.target_type_id)
-
-    def _attention_bias(self, position_ids: Tensor, segments: Tensor, dtype: torch.dtype) -> Tensor:
-        allowed = segment_mask(segments, position_ids.shape[1])[:, None]
+    def _relative_bias(self, position_ids: Tensor) -> RelativeBias | None:
         if self.rel_pos_bias is None:
-            return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
-        distance = position_ids[:, None, :] - position_ids[:, :, None]
-        bucket = relative_position_bucket(distance, self.config.rel_pos_bins, self.config.max_rel_pos)
-        bias = self.rel_pos_bias.weight.t()[bucket].permute(0, 3, 1, 2)
-        return bias.masked_fill(~allowed, float("-inf")).to(dtype)
+            return None
+        limit = self.config.max_rel_pos
+        distance = torch.arange(-limit, limit + 1, device=position_ids.device)
+        bucket = relative_position_bucket(distance, self.config.rel_pos_bins, limit)
+        return self.rel_pos_bias.weight[:, bucket].float(), position_ids
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, segments: Tensor, predicted: Tensor | None = None
-    ) -> Tensor:
-        """Last hidden states.
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, layout: SequenceLayout) -> Iterator[Tensor]:
+        """The output of the embeddings, then that of each layer.
 
         Args:
-            input_ids, position_ids: int64 ``[batch, length]``.
-            segments: int64 ``[batch, 3]``, see :func:`segment_mask`.
-            predicted: int64 ``[batch, rows]``; if given, only these rows go through the last layer beyond their keys
-                and values.
+            input_ids, position_ids: int32 ``[tokens]``.
+            layout: of the batch; if only some of its rows ask, the last layer is computed for them only.
 
-        Returns:
-            ``[batch, rows or length, hidden]``; under autocast in its dtype, otherwise in that of the weights.
+        Yields:
+            ``[tokens, hidden]``, the last one ``[layout.total_queries, hidden]``; under autocast in its dtype,
+            otherwise in that of the weights.
         """
-        token_types = self._token_types(segments, input_ids.shape[1])
-        hidden = self.embeddings(input_ids, position_ids, token_types)
+        types = torch.where(layout.in_source(), self.config.source_type_id, self.config.target_type_id)
+        hidden = self.embeddings(input_ids, position_ids, types)
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        bias = self._attention_bias(position_ids, segments, hidden.dtype)
-        *first, last = self.encoder.layer
-        for layer in first:
-            hidden = layer(hidden, bias)
-        if predicted is None:
-            return last(hidden, bias)
-        rows = predicted[:, :, None]
-        queries = hidden.gather(1, rows.expand(-1, -1, hidden.shape[2]))
-        key_rows = rows[:, None].expand(-1, bias.shape[1], -1, bias.shape[3])
-        return last(hidden, bias.gather(2, key_rows), queries)
+        yield hidden
+        layers = list(self.encoder.layer)
+        bias = self._relative_bias(position_ids)
+        seeds = draw_seeds(len(layers) * Layer.SEEDS) if self.training else torch.zeros(0, dtype=torch.int64)
+        everything = layout.without_queries()
+        for i, layer in enumerate(layers):
+            rows = layout if i == len(layers) - 1 else everything
+            own = seeds[i * Layer.SEEDS : (i + 1) * Layer.SEEDS]
+            if self.gradient_checkpointing and self.training:
+                # Dropout follows the seeds, so no generator has to be put back for the second computation.
+                hidden = checkpoint(layer, hidden, rows, bias, own, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, rows, bias, own)
+            yield hidden
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, layout: SequenceLayout) -> Tensor:
+        """The last of :meth:`hidden_states`."""
+        *_, last = self.hidden_states(input_ids, position_ids, layout)
+        return last

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilm_fast import ops
 from minilm_fast.config import Config
+from minilm_fast.data.batching import PackedBatch
 from minilm_fast.errors import UserError
 from minilm_fast.layouts import (
     DECODER_WEIGHT,
@@ -20,69 +20,9 @@ from minilm_fast.layouts import (
     WORD_EMBEDDINGS,
     tile_positions,
 )
-from minilm_fast.modeling.encoder import Encoder, activation
+from minilm_fast.modeling.encoder import Encoder, activated, activation
 
 logger = logging.getLogger(__name__)
-
-
-class _LabelSmoothedCrossEntropy(torch.autograd.Function):
-    """Works on a few rows at a time, so that no fp32 copy of all logits exists."""
-
-    ROWS = 16
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        share = smoothing / (logits.shape[1] - 2)
-        entropy = (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(share) if smoothing else 0.0
-        normalisers, losses = [], []
-        for chunk, label in zip(
-            logits.split(_LabelSmoothedCrossEntropy.ROWS), labels.split(_LabelSmoothedCrossEntropy.ROWS), strict=True
-        ):
-            rows = chunk.float()
-            normaliser = rows.logsumexp(1)
-            at_label = rows.gather(1, label[:, None])[:, 0]
-            others = rows.sum(1) - at_label - rows[:, 0]
-            loss = normaliser - (1 - smoothing) * at_label - share * others + entropy
-            losses.append(loss.masked_fill(label == 0, 0.0) if smoothing else loss)
-            normalisers.append(normaliser)
-        ctx.save_for_backward(logits, labels, torch.cat(normalisers))
-        ctx.smoothing = smoothing
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
-        logits, labels, normaliser = ctx.saved_tensors
-        smoothing: float = ctx.smoothing
-        share = smoothing / (logits.shape[1] - 2)
-        if smoothing:
-            grad_losses = grad_losses.masked_fill(labels == 0, 0.0)
-        grad_logits = torch.empty_like(logits)
-        for start in range(0, logits.shape[0], _LabelSmoothedCrossEntropy.ROWS):
-            part = slice(start, start + _LabelSmoothedCrossEntropy.ROWS)
-            rows = torch.sub(logits[part], normaliser[part, None]).exp_().sub_(share)
-            rows[:, 0] += share
-            label = labels[part, None]
-            rows.scatter_add_(1, label, torch.full_like(label, share - (1 - smoothing), dtype=rows.dtype))
-            torch.mul(rows, grad_losses[part, None], out=rows)
-            grad_logits[part] = rows
-        return grad_logits, None, None
-
-
-def label_smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Loss of each row.
-
-    With ``s = smoothing > 0`` it is ``KL(q || softmax(logits))`` for the target distribution ``q`` with ``1 - s`` at
-    the label, 0 at id 0 (padding) and ``s / (V - 2)`` everywhere else; rows whose label is 0 cost nothing. With
-    ``s = 0`` it is the cross-entropy, of label 0 too.
-
-    Args:
-        logits: ``[rows, V]``, any floating dtype; the sums are taken in fp32.
-        labels: int64 ``[rows]``.
-
-    Returns:
-        fp32 ``[rows]``.
-    """
-    return _LabelSmoothedCrossEntropy.apply(logits, labels, smoothing)
 
 
 class Transform(nn.Module):
@@ -91,11 +31,13 @@ class Transform(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = activation(config.hidden_act)
+        self.activation = None if config.hidden_act == "gelu" else activation(config.hidden_act)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.LayerNorm(self.activation(self.dense(hidden)))
+        norm = self.LayerNorm
+        x = activated(self.dense, self.activation, hidden)
+        return ops.dropout_add_layer_norm(x, None, norm.weight, norm.bias, norm.eps)
 
 
 class Predictions(nn.Module):
@@ -109,9 +51,9 @@ class Predictions(nn.Module):
         if not config.tie_word_embeddings:
             self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        matrix = embeddings if self.decoder is None else self.decoder.weight
-        return F.linear(self.transform(hidden), matrix, self.bias)
+    def matrix(self, embeddings: Tensor) -> Tensor:
+        """The output projection ``[vocab_size, hidden]``, given the word embeddings."""
+        return embeddings if self.decoder is None else self.decoder.weight
 
 
 class Head(nn.Module):
@@ -179,33 +121,31 @@ class Seq2SeqModel(nn.Module):
         return state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[..., hidden]`` -> ``[..., vocab_size]``."""
-        return self.cls.predictions(hidden, self.bert.embeddings.word_embeddings.weight)
+        """``[rows, hidden]`` -> ``[rows, vocab_size]``."""
+        head = self.cls.predictions
+        return F.linear(head.transform(hidden), head.matrix(self.bert.embeddings.word_embeddings.weight), head.bias)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        segments: Tensor,
-        predicted: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        """Loss of a batch: ``sum(loss * weights) / (sum(weights) + 1e-5)``.
+    def losses(self, batch: PackedBatch) -> Tensor:
+        """Loss of each predicted token: fp32 ``[rows]``."""
+        hidden = self.bert(batch.input_ids, batch.position_ids, batch.layout)
+        head = self.cls.predictions
+        return ops.label_smoothed_cross_entropy(
+            head.transform(hidden[batch.predicted]),
+            head.matrix(self.bert.embeddings.word_embeddings.weight),
+            head.bias,
+            batch.labels,
+            self.config.label_smoothing,
+        )
+
+    def forward(self, batch: PackedBatch, normalizer: float | Tensor | None = None) -> Tensor:
+        """Loss of a batch: the weighted sum of the tokens' losses over ``normalizer``.
 
         Args:
-            input_ids, position_ids: int64 ``[batch, length]``.
-            segments: int64 ``[batch, 3]``, numbers of source, target and pseudo tokens.
-            predicted: int64 ``[batch, rows]``, the rows that predict ``labels [batch, rows]``.
-            weights: fp32 ``[batch, rows]``, 0 where a row is padding.
+            normalizer: by default ``sum(batch.weights) + 1e-5``, as in the original.
 
         Returns:
             fp32 scalar.
         """
-        hidden = self.bert(input_ids, position_ids, segments, predicted)
-        counted = weights > 0
-        row_weights = weights[counted]
-        losses = label_smoothed_cross_entropy(
-            self.logits(hidden[counted]), labels[counted], self.config.label_smoothing
-        )
-        return (losses * row_weights).sum() / (row_weights.sum() + 1e-5)
+        if normalizer is None:
+            normalizer = batch.weights.sum() + 1e-5
+        return (self.losses(batch) * batch.weights).sum() / normalizer

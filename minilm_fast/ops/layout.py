@@ -99,6 +99,10 @@ class SequenceLayout:
         cu_queries[1:] = queries.cumsum(0)
         return replace(self, cu_queries=cu_queries, total_queries=int(cu_queries[-1]))
 
+    def without_queries(self) -> SequenceLayout:
+        """The same sequences, of which all rows ask."""
+        return replace(self, cu_queries=None, total_queries=self.total)
+
     def query_index(self) -> torch.Tensor:
         """The tokens that ask: int64 ``[total_queries]``."""
         index = torch.arange(self.total_queries, device=self.segments.device)

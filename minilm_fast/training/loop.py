@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from minilm_fast.atomic import atomic_write
-from minilm_fast.data.batching import LengthGroupedBatches, Seq2SeqBatch, collate, sequential_batch
+from minilm_fast.data.batching import PackedBatch, collate
+from minilm_fast.data.orders import LengthGroupedBatches, sequential_batch
 from minilm_fast.data.pseudo_masking import Feature, Masking, PseudoMasker, SpecialIds, framed_lengths
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.seq2seq import Seq2SeqModel
@@ -110,16 +111,16 @@ class Trainer:
         per_step = options.per_gpu_train_batch_size * options.gradient_accumulation_steps
         return math.ceil(len(self.features) * options.num_training_epochs / per_step)
 
-    def _batch(self, number: int) -> Seq2SeqBatch:
+    def _batch(self, number: int) -> PackedBatch:
         if self.grouped is not None:
             indices = self.grouped[number]
         else:
             indices = sequential_batch(number, self.options.per_gpu_train_batch_size, len(self.features))
-        return collate([self.masker(self.features[i]) for i in indices], self.model.config.pad_token_id)
+        return collate([self.masker(self.features[i]) for i in indices])
 
-    def _loss(self, batch: Seq2SeqBatch) -> Tensor:
+    def _loss(self, batch: PackedBatch) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
-            return self.model(*batch.tensors())
+            return self.model(batch)
 
     def train_step(self) -> tuple[list[float], float, int]:
         """One optimiser step.
@@ -164,7 +165,7 @@ class Trainer:
         total = count = 0.0
         self.model.eval()
         for start in range(0, len(ordered), size):
-            batch = collate([masker(f) for f in ordered[start : start + size]], self.model.config.pad_token_id)
+            batch = collate([masker(f) for f in ordered[start : start + size]])
             rows = batch.weights.sum().item()
             total += self._loss(batch).item() * rows
             count += rows
