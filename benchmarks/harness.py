@@ -32,12 +32,12 @@ class Unsupported(Exception):
 class Worker:
     """One child process that answers requests; use it as a context manager."""
 
-    def __init__(self, label: str, threads: int) -> None:
+    def __init__(self, label: str, threads: int, script: Path = WORKER) -> None:
         self.label = label
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER)],
+            [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

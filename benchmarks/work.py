@@ -1,4 +1,4 @@
-"""Floating-point operations that decoding needs, counted from the shapes.
+"""Floating-point operations that decoding and training need, counted from the shapes.
 
 A multiply-add counts as two operations. Only matrix products are counted: normalisation, softmax and selection are
 below one per cent at the shapes in question. What is counted is the work that the task needs when keys and values are
@@ -83,3 +83,25 @@ def encoder_decoder(shape: ModelShape, load: DecodeWorkload) -> Work:
         step_attention=shape.layers * load.beam * _attention(1, attended, d),
         vocabulary=rows * 2.0 * d * shape.vocab,
     )
+
+
+def pseudo_masked_training(shape: ModelShape, source: int, target: int) -> tuple[float, float]:
+    """Work of one training sequence, forward and backward, with as many pseudo tokens as target tokens.
+
+    The last layer beyond its keys and values, and the vocabulary, are needed for the pseudo rows only. Backward needs
+    twice the products of forward.
+
+    Returns:
+        operations of the products with weights, and of attention (scores and weighted sum of the visible pairs).
+    """
+    d, f = shape.hidden, shape.intermediate
+    tokens = source + 2 * target
+    row = 2.0 * (4 * d * d + 2 * d * f)
+    key_value = 4.0 * d * d
+    head = 2.0 * (d * d + d * shape.vocab)
+    linear = (shape.layers - 1) * tokens * row + tokens * key_value + target * (row - key_value + head)
+    earlier = target * (target - 1) / 2
+    pseudo = target * source + earlier + target
+    pairs = source * source + target * source + earlier + target + pseudo
+    attention = (shape.layers - 1) * _attention(1, pairs, d) + _attention(1, pseudo, d)
+    return 3 * linear, 3 * attention

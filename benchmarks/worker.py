@@ -76,7 +76,7 @@ class Session:
         return {"peak": machine.measure_peak(threads)}
 
 
-def answer(session: Session, request: dict[str, Any]) -> dict[str, Any]:
+def answer(session: object, request: dict[str, Any]) -> dict[str, Any]:
     """The reply to one request; an error becomes part of the reply."""
     command = request.pop("do")
     try:
@@ -90,13 +90,13 @@ def answer(session: Session, request: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def main() -> None:
+def serve(session: object) -> None:
+    """Answers requests by the session's methods until standard input ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    session = Session()
     for line in sys.stdin:
         print(json.dumps(answer(session, json.loads(line))), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(Session())
