@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import lzma
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from minilm_fast.data import examples
 from minilm_fast.data.batching import collate
 from minilm_fast.data.examples import Example, read_examples
-from minilm_fast.data.masking import Sample
+from minilm_fast.data.features import make_features, read_features, special_ids
+from minilm_fast.data.masking import Feature, Masking, Sample, make_masker
 from minilm_fast.data.orders import LengthGroupedBatches, sequential_batch
 from minilm_fast.errors import UserError
+from minilm_fast.tokenization import Tokenizer
+
+GOLDENS = Path(__file__).parent / "goldens"
 
 
 def _write(path: Path, *lines: str) -> Path:
@@ -20,19 +29,70 @@ def _write(path: Path, *lines: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_pretrained(GOLDENS / "tiny" / "vocab.txt", do_lower_case=True)
+
+
+LINES = (
+    '{"src": "a b", "tgt": "c", "id": 1}',
+    "",
+    '{"src": [], "tgt": ["x", "##y"]}',
+    '{"src": "line\\u2028separator", "tgt": "kept\u2028whole"}',
+)
+EXAMPLES = [
+    Example("a b", "c"),
+    Example([], ["x", "##y"]),
+    Example("line\u2028separator", "kept\u2028whole"),
+]
+
+
 def test_reads_texts_tokens_and_blank_lines(tmp_path: Path) -> None:
-    path = _write(
-        tmp_path / "a.jsonl",
-        '{"src": "a b", "tgt": "c", "id": 1}',
-        "",
-        '{"src": [], "tgt": ["x", "##y"]}',
-        '{"src": "line\\u2028separator", "tgt": "kept\u2028whole"}',
-    )
-    assert list(read_examples(path)) == [
-        Example("a b", "c"),
-        Example([], ["x", "##y"]),
-        Example("line\u2028separator", "kept\u2028whole"),
-    ]
+    assert list(read_examples(_write(tmp_path / "a.jsonl", *LINES))) == EXAMPLES
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz"])
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress, bytes], ids=["gzip", "xz", "plain"])
+def test_reads_compressed_files_whatever_their_names(tmp_path: Path, name: str, compress: Callable) -> None:
+    plain = _write(tmp_path / "plain", *LINES)
+    (tmp_path / name).write_bytes(compress(plain.read_bytes()))
+    assert list(read_examples(tmp_path / name)) == EXAMPLES
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress], ids=["gzip", "xz"])
+def test_compressed_file_that_is_cut_off_or_damaged(tmp_path: Path, compress: Callable) -> None:
+    rng = random.Random(0)
+    lines = [json.dumps({"src": str(rng.random()), "tgt": "a"}) for _ in range(2000)]
+    whole = compress("\n".join(lines).encode())
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut off"):
+        list(read_examples(path))
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.jsonl.*(damaged|broken JSON|CRC|cut off|NUL|UTF-8)"):
+        list(read_examples(path))
+
+
+def test_crlf_and_byte_order_marks(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    line = b'\xef\xbb\xbf{"src": "a", "tgt": "b"}\r\n'
+    path.write_bytes(line + b"\r\n" + line + b"\xef\xbb\xbf\r\n" + line.strip())
+    assert list(read_examples(path)) == [Example("a", "b")] * 3
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.jsonl", '{"src": "a\\ud800b", "tgt": "\\ud83d\\ude00"}')
+    assert list(read_examples(path)) == [Example("a\ufffdb", "\U0001f600")]
+
+
+def test_long_line(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _write(tmp_path / "a.jsonl", json.dumps({"src": "the " * 300_000, "tgt": "the"}))
+    assert read_features(path, tokenizer).lengths()[0].tolist() == [300_000]
+    monkeypatch.setattr(examples, "LONGEST_LINE", 1 << 20)
+    with pytest.raises(UserError, match=r"a\.jsonl:1: a line of more than 1 MiB"):
+        list(read_examples(path))
 
 
 @pytest.mark.parametrize(
@@ -43,11 +103,16 @@ def test_reads_texts_tokens_and_blank_lines(tmp_path: Path) -> None:
         ('{"src": "a"}', "no 'tgt'"),
         ('["a", "b"]', "not a JSON object"),
         ('{"src": 3, "tgt": "a"}', "'src' is neither"),
+        ('{"src": null, "tgt": "a"}', "'src' is neither"),
         ('{"src": ["a", 1], "tgt": ["a"]}', "'src' is neither"),
         ('{"src": ["a"], "tgt": "a"}', "both"),
         ('{"src": "a", "tgt": "  "}', "'tgt' is empty"),
         ('{"src": ["a"], "tgt": []}', "'tgt' is empty"),
+        ('{"src": "a", "tgt": "b"}\0\0', "NUL bytes"),
+        ('{"src": "a", "tgt": "b"}{"src": "a", "tgt": "b"}', "broken JSON"),
+        ('{"src": "a", "tgt": ' + "[" * 100_000, "broken JSON"),
     ],
+    ids=range(13),
 )
 def test_wrong_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:
     path = _write(tmp_path / "a.jsonl", '{"src": "a", "tgt": "b"}', "", line)
@@ -56,20 +121,115 @@ def test_wrong_line_is_named_by_its_number(tmp_path: Path, line: str, message: s
     assert str(caught.value).startswith(f"{path}:3: ")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n  \n"])
-def test_file_without_examples(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_target_without_tokens_is_named_by_its_line(tmp_path: Path, tokenizer: Tokenizer, num_proc: int) -> None:
+    path = _write(tmp_path / "a.jsonl", '{"src": "a", "tgt": "b"}', "", '{"src": "a", "tgt": "\u200b\\u0007"}')
+    with pytest.raises(UserError, match=r"a\.jsonl:3: 'tgt' is empty: nothing is left"):
+        read_features(path, tokenizer, num_proc)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n", b"\xef\xbb\xbf\r\n"])
+def test_file_without_examples(tmp_path: Path, tokenizer: Tokenizer, content: bytes) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match="holds no examples"):
         list(read_examples(path))
+    with pytest.raises(UserError, match="holds no examples"):
+        read_features(path, tokenizer)
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         list(read_examples(tmp_path / "none.jsonl"))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8"):
-        list(read_examples(tmp_path / "binary"))
+    with pytest.raises(UserError, match="cannot read"):
+        list(read_examples(tmp_path))
+    for content in (b"\xff\xfe\x00", "{}".encode("utf-16"), b'{"src": "\xe4"}\n'):
+        (tmp_path / "binary").write_bytes(content)
+        with pytest.raises(UserError, match=r"binary:1: .*not UTF-8"):
+            list(read_examples(tmp_path / "binary"))
+
+
+def test_features_are_those_of_the_original(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    expected = json.loads((GOLDENS / "train" / "dataset.json").read_text())["features"]
+    inputs = (GOLDENS / "tiny" / "inputs.jsonl").read_text().splitlines()
+    assert len(inputs) == len(expected) == 26
+    compared = 0
+    for line, feature in zip(inputs, expected, strict=True):
+        record = json.loads(line)
+        if not record["tgt"]:
+            continue
+        path = _write(tmp_path / "a.jsonl", line)
+        assert list(read_features(path, tokenizer)) == [Feature(**feature)]
+        compared += 1
+    assert compared > 20
+
+
+def _many(tmp_path: Path, count: int) -> tuple[Path, list[Example]]:
+    rng = random.Random(count)
+    words = ["the", "ab", "c", "!", "zq"]
+    found = [
+        Example(" ".join(rng.choices(words, k=rng.randrange(9))), " ".join(rng.choices(words, k=rng.randint(1, 4))))
+        for _ in range(count)
+    ]
+    lines = (json.dumps({"src": example.source, "tgt": example.target}) for example in found)
+    return _write(tmp_path / "many.jsonl", *lines), found
+
+
+def test_store_gives_every_feature_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, found = _many(tmp_path, 5000)
+    expected = make_features(found, tokenizer)
+    store = read_features(path, tokenizer)
+    assert len(store) == 5000
+    assert list(store) == [store[i] for i in range(5000)] == expected
+    assert store[-1] == expected[-1] and store[-5000] == expected[0]
+    assert type(store[2].source_ids) is list and all(type(token) is int for token in store[2].target_ids)
+    assert any(not feature.source_ids for feature in store)
+    for index in (5000, -5001):
+        with pytest.raises(IndexError):
+            store[index]
+    source, target = store.lengths()
+    assert source.tolist() == [len(feature.source_ids) for feature in expected]
+    assert target.tolist() == [len(feature.target_ids) for feature in expected]
+    assert store.counts.tokens == source.sum() + target.sum()
+
+
+def test_selected_features_are_a_view(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, found = _many(tmp_path, 3000)
+    store, expected = read_features(path, tokenizer), make_features(found, tokenizer)
+    order = random.Random(0).sample(range(3000), 3000)
+    shuffled = store.select(order)
+    assert list(shuffled) == [expected[i] for i in order]
+    assert list(shuffled[10:2900:7]) == [expected[i] for i in order[10:2900:7]]
+    assert shuffled.lengths()[0].tolist() == [len(expected[i].source_ids) for i in order]
+    assert len(store.select([])) == 0 and list(store.select([])) == []
+
+
+def test_parallel_tokenisation_gives_the_same_in_the_same_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, found = _many(tmp_path, 9000)
+    store = read_features(path, tokenizer, num_proc=2)
+    assert list(store) == make_features(found, tokenizer)
+    assert store.counts == read_features(path, tokenizer).counts
+
+
+def test_tokens_that_the_vocabulary_lacks_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = _write(tmp_path / "a.jsonl", '{"src": ["the", "nowhere"], "tgt": ["the"]}', '{"src": "", "tgt": "\u9f98"}')
+    counts = read_features(path, tokenizer).counts
+    assert (counts.tokens, counts.unknown) == (4, 2)
+
+
+def test_wrong_vocabulary_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = _write(tmp_path / "a.jsonl", '{"src": ["\u0120the", "\u0120cat"], "tgt": ["\u0120sat"]}')
+    with pytest.raises(UserError, match=r"none of the 3 tokens is in the vocabulary .*vocab\.txt"):
+        read_features(path, tokenizer)
+
+
+def test_truncated_features_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = _write(tmp_path / "a.jsonl", *(json.dumps({"src": ["the"] * n, "tgt": ["the"] * n}) for n in range(1, 11)))
+    lengths = read_features(path, tokenizer).lengths()
+    special = special_ids(tokenizer)
+    for mask_way, expected in (("v0", (3, 6)), ("v1", (4, 6)), ("v2", (4, 6))):
+        masker = make_masker(mask_way, special, Masking(), 8, 5, random.Random(0))
+        assert masker.truncated(*lengths) == expected
 
 
 def test_collate_lays_out_source_target_pseudo() -> None:

@@ -1,17 +1,29 @@
-"""Reading s2s-ft JSON lines."""
+"""Reading s2s-ft JSON lines, plain or compressed."""
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import io
 import json
+import lzma
+import re
+import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minilm_fast.errors import UserError
 
+_GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
+# No line of text is as long: what has none of this size is not JSON lines, and must not fill the memory.
+LONGEST_LINE = 1 << 28
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One line of a data file: two texts, or two lists of tokens."""
 
@@ -72,25 +84,78 @@ def parse_example(line: str, where: str) -> Example:
         raise UserError(f"{where}: 'src' and 'tgt' must both be texts or both be lists of tokens")
     if not target or (isinstance(target, str) and not target.strip()):
         raise UserError(f"{where}: 'tgt' is empty")
-    return Example(source, target)
+    return Example(_without_surrogates(source), _without_surrogates(target))
+
+
+def _without_surrogates(value: str | list[str]) -> str | list[str]:
+    # Half a surrogate pair is no character: tokenizers either drop it or cannot encode it.
+    return _SURROGATES.sub("\ufffd", value) if isinstance(value, str) else value
+
+
+def decode_line(line: bytes, where: str) -> str:
+    """Text of one line.
+
+    Raises:
+        UserError: the line is no UTF-8, or holds NUL bytes, which a crash or another encoding leaves.
+    """
+    if b"\0" in line:
+        raise UserError(f"{where}: NUL bytes: the file is damaged or not UTF-8 text")
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8 text") from None
+
+
+def _decompressed(stream: io.BufferedReader) -> io.BufferedIOBase:
+    head = stream.peek(len(_XZ))
+    if head.startswith(_GZIP):
+        return gzip.GzipFile(fileobj=stream)
+    if head.startswith(_XZ):
+        return lzma.LZMAFile(stream)
+    return stream
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a file that is plain, gzip or xz (told by its first bytes); blank lines are passed over.
+
+    Lines end at ``\\n`` only and are counted from 1. A byte-order mark at the start of a line is dropped.
+
+    Raises:
+        UserError: the file cannot be read, is cut off or damaged, or a line is longer than 256 MiB.
+    """
+    try:
+        with open(path, "rb") as stream, closing(_decompressed(stream)) as lines:
+            number = 0
+            while line := lines.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB: not JSON lines")
+                line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except EOFError:
+        raise UserError(f"cannot read {path}: the compressed file is cut off") from None
+    except (zlib.error, lzma.LZMAError):
+        raise UserError(f"cannot read {path}: the compressed file is damaged") from None
 
 
 def read_examples(path: str | Path) -> Iterator[Example]:
-    """Examples of a JSON-lines file; blank lines are passed over.
+    """Examples of a JSON-lines file, plain, gzip or xz; blank lines are passed over.
 
     Raises:
         UserError: the file cannot be read or holds no example, or a line is wrong (it is named by its number).
     """
     found = False
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    found = True
-                    yield parse_example(line, f"{path}:{number}")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        yield parse_example(decode_line(line, where), where)
+        found = True
     if not found:
-        raise UserError(f"{path} holds no examples")
+        raise no_examples(path)
+
+
+def no_examples(path: str | Path) -> UserError:
+    """The error for a file without a single example."""
+    return UserError(f"{path} holds no examples: it is empty or has blank lines only")

@@ -131,6 +131,13 @@ class Masker:
         """Numbers of labels of samples whose features have targets of these lengths (int or numpy array)."""
         return _cut(target + 1, self.max_target)
 
+    def truncated(self, source: Any, target: Any) -> tuple[int, int]:
+        """How many of the features with these lengths (integer numpy arrays) lose source and target tokens."""
+        return (
+            int((source + self.source_specials > self.max_source).sum()),
+            int((target + 1 > self.max_target).sum()),
+        )
+
     def _source(self, feature: Feature) -> list[int]:
         special = self.special
         source = [special.cls, *feature.source_ids[: self.max_source - self.source_specials]]
