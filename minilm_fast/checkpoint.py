@@ -286,6 +286,8 @@ def save(
     config: Config,
     state: Mapping[str, Tensor],
     tokenizer: Tokenizer | None = None,
+    *,
+    weight_format: str = "safetensors",
 ) -> None:
     """Save a checkpoint that plain transformers loads with equal results, and record which tokenizer it needs.
 
@@ -298,6 +300,7 @@ def save(
         config: of the family that decides the layout on disk.
         state: tensors under canonical names; others (a classifier, a pooler) are written as they are named.
         tokenizer: saved beside the weights. Without one an earlier record in ``config`` is kept.
+        weight_format: ``"safetensors"``, ``"bin"`` (``pytorch_model.bin``, which older programs read) or ``"both"``.
 
     Raises:
         UserError: ``state`` does not fit ``config``, or the folder cannot be written.
@@ -309,7 +312,10 @@ def save(
         check_tokenizer(config, recorded_tokenizer(config), tokenizer)
     tensors = layouts.to_disk(config, state)
     with _staging_folder(target) as staging:
-        _write_safetensors(tensors, staging / "model.safetensors")
+        if weight_format in ("safetensors", "both"):
+            _write_safetensors(tensors, staging / "model.safetensors")
+        if weight_format in ("bin", "both"):
+            _write_bin(tensors, staging / "pytorch_model.bin")
         if tokenizer is not None:
             tokenizer.save(staging)
         text = json.dumps(_config_on_disk(config, state), indent=2, sort_keys=True) + "\n"
@@ -363,6 +369,13 @@ def _write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(file, 0o666 & ~mask)
+
+
+def _write_bin(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, str(error).splitlines()[0]) from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from minilm_fast.errors import UserError
+from minilm_fast.errors import Terminated, UserError
 
 # Subcommand: its module and what it does.
 COMMANDS = {
@@ -27,10 +27,6 @@ INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
 
-class Terminated(BaseException):
-    """The process was asked to end (``SIGTERM``)."""
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -38,12 +34,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"error: {message}\n")
 
 
-def guarded(run: Callable[[], None], hint: Callable[[], str] = str) -> int:
+def guarded(run: Callable[[], None], hint: Callable[[], str] = str, batch_flag: str = "--batch_size") -> int:
     """Runs a command; what a user can cause becomes one line on standard error.
 
     Args:
         run: the command.
         hint: says what to do next after a run was cut short; may be empty.
+        batch_flag: what to lower where memory does not suffice.
 
     Returns:
         The exit status: 0, 2 after a :class:`UserError`, 130 after Ctrl-C, 143 after ``SIGTERM``.
@@ -60,7 +57,7 @@ def guarded(run: Callable[[], None], hint: Callable[[], str] = str) -> int:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            return _fail(f"not enough memory; a lower --batch_size needs less{hint()}", USAGE_ERROR)
+            return _fail(f"not enough memory; a lower {batch_flag} needs less{hint()}", USAGE_ERROR)
     return 0
 
 
@@ -77,7 +74,8 @@ def _fail(message: str, status: int) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+    signs = ("not enough memory", "can't allocate memory", "CUDA out of memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 @contextlib.contextmanager

@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that names the file, the line or the flag. The command lines print it as
     ``error: <message>`` and exit with status 2; library users catch it like any exception.
     """
+
+
+class Terminated(BaseException):
+    """The process was asked to end (``SIGTERM``)."""

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minilm_fast.cli import ArgumentParser, guarded
 from minilm_fast.errors import UserError
+from minilm_fast.training.flags import add_loop_flags, loop_options, natural, positive_int
 
 if TYPE_CHECKING:
+    from minilm_fast.data.masking import Feature
     from minilm_fast.hub import Resolved
     from minilm_fast.modeling.seq2seq import Seq2SeqModel
+    from minilm_fast.tokenization import Tokenizer
+    from minilm_fast.training.distributed import World
     from minilm_fast.training.loop import Trainer
+    from minilm_fast.training.seq2seq import Seq2SeqOptions
 
 logger = logging.getLogger(__name__)
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError("must be positive")
-    return value
-
-
-def _finite_positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be a positive number")
-    return value
 
 
 def build_parser() -> ArgumentParser:
@@ -44,42 +37,65 @@ def build_parser() -> ArgumentParser:
     add("--output_dir", required=True, type=Path, help="checkpoints ckpt-N go here; a run found here is resumed")
     add("--config_name", help="configuration file in place of the checkpoint's own")
     add("--tokenizer_name", help="vocabulary or tokenizer folder in place of the checkpoint's own")
+    add("--cache_dir", help="where downloads from the hub are kept")
     add("--do_lower_case", action="store_true", help="uncased vocabulary")
     add("--fix_word_embedding", action="store_true", help="do not train the word embeddings")
-    add("--max_source_seq_length", type=_positive_int, default=464, help="tokens, [CLS] and [SEP] included")
-    add("--max_target_seq_length", type=_positive_int, default=48, help="tokens, [SEP] included")
-    add("--per_gpu_train_batch_size", type=_positive_int, default=8)
-    add("--gradient_accumulation_steps", type=_positive_int, default=1)
-    add("--learning_rate", type=_finite_positive, default=5e-5)
-    add("--weight_decay", type=float, default=0.01)
-    add("--adam_epsilon", type=_finite_positive, default=1e-8)
-    add("--max_grad_norm", type=_finite_positive, default=1.0)
     add("--label_smoothing", type=float, default=0.1)
-    add("--num_training_steps", type=int, default=-1, help="optimiser steps; by default --num_training_epochs counts")
-    add("--num_training_epochs", type=_positive_int, default=10)
-    add("--num_warmup_steps", type=int, default=0)
+    add("--save_format", choices=("safetensors", "bin", "both"), default="both", help="of the weights (new)")
+    add_loop_flags(parser)
+    _add_data_flags(parser)
+    _add_dev_flags(parser)
+    return parser
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--max_source_seq_length", type=positive_int, default=464, help="tokens, [CLS] and [SEP] included")
+    add("--max_target_seq_length", type=positive_int, default=48, help="tokens, [SEP] included")
+    add("--mask_way", choices=("v0", "v1", "v2"), default="v2", help="position shift, masked LM, pseudo-masking")
+    add("--num_max_mask_token", type=natural, default=0, help="most tokens that v1 masks in a target; 0: no limit")
     add("--random_prob", type=float, default=0.1, help="chance that a masked token becomes a random one")
     add("--keep_prob", type=float, default=0.1, help="chance that a masked token stays as it is")
     add("--source_mask_prob", type=float, default=-1.0)
     add("--target_mask_prob", type=float, default=0.5)
-    add("--logging_steps", type=_positive_int, default=500)
-    add("--save_steps", type=_positive_int, default=1500)
-    add("--seed", type=int, default=42)
-    add("--bf16", action="store_true", help="bfloat16 autocast (new)")
+    add("--lmdb_cache", action="store_true", help="accepted, has no effect: features are cached in Arrow files")
+    add("--lmdb_dtype", default="h", help="accepted, has no effect")
     add("--group_by_length", action="store_true", help="batches of about equal lengths (new)")
-    add("--dev_file", type=Path, help="its loss is reported at every checkpoint (new)")
-    add("--max_dev_examples", type=_positive_int, default=200, help="use this many, spread over the file (new)")
-    return parser
+    add(
+        "--average_tokens_across_batches",
+        action="store_true",
+        help="every token of an optimiser step weighs the same, whatever micro-batch it is in (new)",
+    )
+
+
+def _add_dev_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dev_file", type=Path, help="its loss is measured at every checkpoint (new)")
+    add("--max_dev_examples", type=positive_int, default=200, help="use this many, spread over the file (new)")
+
+
+def _tokenizer_and_weights(args: argparse.Namespace) -> tuple[Tokenizer, Resolved]:
+    from minilm_fast import checkpoint
+    from minilm_fast.tokenization import Tokenizer
+
+    resolved = checkpoint.resolve(
+        args.model_name_or_path,
+        config_name=args.config_name,
+        tokenizer_name=args.tokenizer_name,
+        cache_dir=args.cache_dir,
+    )
+    if resolved.tokenizer is None:
+        raise UserError(f"{args.model_name_or_path} holds no vocabulary: give --tokenizer_name")
+    tokenizer = Tokenizer.from_pretrained(
+        resolved.tokenizer, model_type=args.model_type, do_lower_case=args.do_lower_case, cache_dir=args.cache_dir
+    )
+    return tokenizer, resolved
 
 
 def _load_model(args: argparse.Namespace, resolved: Resolved) -> Seq2SeqModel:
     from minilm_fast import checkpoint
     from minilm_fast.modeling.seq2seq import Seq2SeqModel
-    from minilm_fast.training import checkpointing
 
-    step = checkpointing.latest_step(args.output_dir)
-    if step is not None:
-        return Seq2SeqModel.from_state(*checkpointing.load_weights(args.output_dir, step))
     loaded = checkpoint.load(resolved.weights, config=resolved.config, model_type=args.model_type, for_training=True)
     positions = args.max_source_seq_length + args.max_target_seq_length
     config = loaded.config.replace(
@@ -87,62 +103,110 @@ def _load_model(args: argparse.Namespace, resolved: Resolved) -> Seq2SeqModel:
         fix_word_embedding=args.fix_word_embedding,
         max_position_embeddings=max(loaded.config.max_position_embeddings, positions),
     )
-    return Seq2SeqModel.from_state(config, loaded.state)
+    model = Seq2SeqModel.from_state(config, loaded.state)
+    model.bert.gradient_checkpointing = args.gradient_checkpointing
+    return model
 
 
-def make_trainer(args: argparse.Namespace) -> Trainer:
+def _features(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Sequence[Feature], list[Feature]]:
+    from minilm_fast.data.examples import read_examples
+    from minilm_fast.data.features import make_features
+
+    features = make_features(read_examples(args.train_file), tokenizer)
+    dev = list(read_examples(args.dev_file)) if args.dev_file else []
+    dev = dev[:: max(1, len(dev) // args.max_dev_examples)][: args.max_dev_examples]
+    return features, make_features(dev, tokenizer)
+
+
+def _task_options(args: argparse.Namespace) -> Seq2SeqOptions:
+    from minilm_fast.data.masking import Masking
+    from minilm_fast.training.seq2seq import Seq2SeqOptions
+
+    masking = Masking(args.random_prob, args.keep_prob, args.source_mask_prob, args.target_mask_prob)
+    names = Seq2SeqOptions.__dataclass_fields__.keys() - {"masking"}
+    return Seq2SeqOptions(masking=masking, **{name: getattr(args, name) for name in names})
+
+
+def _identity(args: argparse.Namespace) -> dict[str, Any]:
+    """What the weights depend on beside the options of loop and data."""
+    names = ("model_type", "model_name_or_path", "config_name", "tokenizer_name", "do_lower_case")
+    values = {name: getattr(args, name) for name in (*names, "fix_word_embedding", "label_smoothing")}
+    for name in ("model_name_or_path", "config_name", "tokenizer_name"):
+        if values[name] is not None and os.path.exists(values[name]):
+            values[name] = os.path.realpath(values[name])
+    return values
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def make_trainer(args: argparse.Namespace, world: World | None = None) -> Trainer:
     """Everything that :meth:`Trainer.train` needs, read and checked.
+
+    Args:
+        world: connected; by default this process is alone.
 
     Raises:
         UserError: a file or a flag is wrong.
     """
     import torch
 
-    from minilm_fast import checkpoint
-    from minilm_fast.data.examples import read_examples
-    from minilm_fast.data.features import make_features, special_ids
-    from minilm_fast.data.pseudo_masking import Masking
-    from minilm_fast.tokenization import Tokenizer
-    from minilm_fast.training.loop import Trainer, TrainingOptions
+    from minilm_fast.data.features import special_ids
+    from minilm_fast.training.distributed import World
+    from minilm_fast.training.loop import Trainer
+    from minilm_fast.training.seq2seq import Seq2SeqTask, steps_of_epochs
 
+    _check(args)
+    world = world or World({}, cuda=not args.no_cuda)
     torch.manual_seed(args.seed)
-    resolved = checkpoint.resolve(
-        args.model_name_or_path, config_name=args.config_name, tokenizer_name=args.tokenizer_name
-    )
-    if resolved.tokenizer is None:
-        raise UserError(f"{args.model_name_or_path} holds no vocabulary: give --tokenizer_name")
-    tokenizer = Tokenizer.from_pretrained(
-        resolved.tokenizer, model_type=args.model_type, do_lower_case=args.do_lower_case
-    )
+    tokenizer, resolved = _tokenizer_and_weights(args)
     model = _load_model(args, resolved)
     special = special_ids(tokenizer)
     if special.vocab_size > model.config.vocab_size:
         raise UserError(f"the vocabulary has {special.vocab_size} entries, the checkpoint {model.config.vocab_size}")
-    features = make_features(read_examples(args.train_file), tokenizer)
-    dev = list(read_examples(args.dev_file)) if args.dev_file else []
-    dev = dev[:: max(1, len(dev) // args.max_dev_examples)][: args.max_dev_examples]
-    masking = Masking(args.random_prob, args.keep_prob, args.source_mask_prob, args.target_mask_prob)
-    names = TrainingOptions.__dataclass_fields__.keys() - {"masking"}
-    options = TrainingOptions(masking=masking, **{name: getattr(args, name) for name in names})
+    features, dev = _features(args, tokenizer)
     logger.info("%d training examples, %d dev examples", len(features), len(dev))
-    return Trainer(model, tokenizer, special, features, make_features(dev, tokenizer), options, args.output_dir)
+    identity = _identity(args) | {"train_file": _digest(args.train_file)}
+    task = Seq2SeqTask(model, tokenizer, special, features, dev, _task_options(args), world, identity)
+    steps = args.num_training_steps
+    if steps <= 0:
+        global_batch = args.per_gpu_train_batch_size * args.gradient_accumulation_steps * world.size
+        steps = steps_of_epochs(len(features), args.num_training_epochs, global_batch)
+    return Trainer(task, loop_options(args, steps), args.output_dir, world)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     trainer: Trainer | None = None
 
     def run() -> None:
         nonlocal trainer
-        _check(args)
-        trainer = make_trainer(args)
-        _make_output_dir(args.output_dir)
-        trainer.resume()
-        trainer.train()
+        from minilm_fast.training.distributed import World
 
-    return guarded(run, lambda: trainer.hint() if trainer else "")
+        _check(args)
+        world = World(local_rank=args.local_rank, cuda=not args.no_cuda)
+        logging.basicConfig(
+            level=logging.INFO if world.is_main else logging.ERROR,
+            format="%(asctime)s %(message)s",
+            datefmt="%H:%M:%S",
+            stream=sys.stderr,
+        )
+        world.connect()
+        trainer = make_trainer(args, world)
+        try:
+            trainer.prepare(overwrite=args.overwrite_output_dir)
+            trainer.train()
+        finally:
+            trainer.close()
+        world.close()
+
+    return guarded(run, lambda: trainer.hint() if trainer else "", "--per_gpu_train_batch_size")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -153,13 +217,6 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("random_prob", "keep_prob"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} must be between 0 and 1")
-
-
-def _make_output_dir(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {path}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

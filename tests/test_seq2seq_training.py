@@ -21,6 +21,8 @@ from minilm_fast.run_seq2seq import build_parser, main, make_trainer
 from minilm_fast.training import checkpointing
 from minilm_fast.training.loop import Trainer
 from minilm_fast.training.optimizer import AdamW, linear_schedule, parameter_groups
+from minilm_fast.training.reporting import StepReport
+from minilm_fast.training.seq2seq import Seq2SeqTask
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -123,12 +125,12 @@ def test_whole_runs_follow_the_original(case: dict, tmp_path: Path) -> None:
     # The original trains on examples without a target, which the command line refuses.
     trainer = _with_features(args, trainer)
     losses, norms, rates = [], [], []
-    trainer.model.train()
-    while trainer.step < trainer.total_steps:
-        rates.append(trainer.learning_rate)
-        step_losses, norm, _ = trainer.train_step()
-        losses += step_losses
-        norms.append(norm)
+    trainer.task.module.train()
+    while trainer.step < trainer.options.total_steps:
+        report = trainer.train_step()
+        rates.append(report.learning_rate)
+        losses += report.losses
+        norms.append(report.grad_norm)
     assert losses == pytest.approx(case["loss"], rel=1e-3)
     assert norms == pytest.approx(case["grad_norm_before_clip"], rel=1e-3)
     assert rates == pytest.approx(case["lr_used"], rel=1e-6, abs=1e-12)
@@ -136,7 +138,9 @@ def test_whole_runs_follow_the_original(case: dict, tmp_path: Path) -> None:
 
 def _with_features(args: argparse.Namespace, trainer: Trainer) -> Trainer:
     features = [Feature(**feature) for feature in _golden("dataset.json")["features"]]
-    return Trainer(trainer.model, trainer.tokenizer, trainer.special, features, [], trainer.options, args.output_dir)
+    old = trainer.task
+    task = Seq2SeqTask(old.module, old.tokenizer, old.special, features, [], old.options, trainer.world)
+    return Trainer(task, trainer.options, args.output_dir, trainer.world)
 
 
 RUN = {
@@ -155,29 +159,15 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, extra: dict) -> 
     model = _copy_model(tmp_path / "model")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main(_arguments(tmp_path, model, **RUN, **extra, output_dir=whole)) == 0
-    assert main(_arguments(tmp_path, model, **(RUN | {"num_training_steps": 6}), **extra, output_dir=broken)) == 0
+    assert main(_arguments(tmp_path, model, **RUN, **extra, output_dir=broken)) == 0
     shutil.rmtree(broken / "ckpt-6")
-    (broken / "optim.6.bin").unlink()
-    assert checkpointing.latest_step(broken) is None
-    _run_three_steps(tmp_path, model, extra, broken)
     assert checkpointing.latest_step(broken) == 3
     assert main(_arguments(tmp_path, model, **RUN, **extra, output_dir=broken)) == 0
     first, second = (checkpoint.load(folder / "ckpt-6").state for folder in (whole, broken))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-
-
-def _run_three_steps(tmp_path: Path, model: Path, extra: dict, output_dir: Path) -> None:
-    shutil.rmtree(output_dir)
-    output_dir.mkdir()
-    trainer = make_trainer(
-        build_parser().parse_args(_arguments(tmp_path, model, **RUN, **extra, output_dir=output_dir))
-    )
-    trainer.model.train()
-    for _ in range(3):
-        trainer.train_step()
-    trainer.save()
+    assert (whole / "history.json").read_bytes() == (broken / "history.json").read_bytes()
 
 
 def test_training_lowers_the_dev_loss_and_saves_what_loads_back(tmp_path: Path) -> None:
@@ -185,18 +175,28 @@ def test_training_lowers_the_dev_loss_and_saves_what_loads_back(tmp_path: Path) 
     dev = _tokenized_inputs(tmp_path / "dev.jsonl")
     flags = RUN | {"num_training_steps": 40, "save_steps": 20, "dev_file": dev, "learning_rate": 3e-3}
     args = _arguments(tmp_path, model, **flags)
-    before = make_trainer(build_parser().parse_args(args)).dev_loss()
+    before = _dev_loss(make_trainer(build_parser().parse_args(args)))
     assert main(args) == 0
     out = tmp_path / "out"
     assert sorted(p.name for p in out.glob("ckpt-*")) == ["ckpt-20", "ckpt-40"]
-    assert [p.name for p in out.glob("optim.*")] == ["optim.40.bin"]
+    assert sorted(p.name for p in out.glob("optim.*")) == ["optim.20.bin", "optim.40.bin"]
     history = json.loads((out / "history.json").read_text())
-    assert [record["step"] for record in history] == [20, 40]
-    assert history[-1]["dev_loss"] < before - 0.2
+    assert [record["step"] for record in history["records"]] == [20, 40]
+    last = history["records"][-1]
+    assert last["dev_loss"] < before - 0.2
+    assert history["best"] == {"step": 40, "metric": "dev_loss", "value": last["dev_loss"]}
+    assert (out / "best").resolve() == out / "ckpt-40"
     loaded = checkpoint.load(out / "ckpt-40", for_training=True)
     assert not loaded.missing and not loaded.unexpected
     again = make_trainer(build_parser().parse_args(args))
-    assert again.dev_loss() == pytest.approx(history[-1]["dev_loss"], rel=1e-6)
+    again.prepare()
+    again.close()
+    assert again.step == 40
+    assert _dev_loss(again) == pytest.approx(last["dev_loss"], rel=1e-6)
+
+
+def _dev_loss(trainer: Trainer) -> float:
+    return trainer.task.dev_loss(trainer.precision)
 
 
 @pytest.mark.parametrize(
@@ -267,10 +267,10 @@ def test_interrupted_run_says_how_to_go_on(
 ) -> None:
     step = Trainer.train_step
 
-    def interrupted(trainer: Trainer) -> tuple[list[float], float, int]:
+    def interrupted(trainer: Trainer, signal: int) -> StepReport:
         if trainer.step == 4:
             raise KeyboardInterrupt
-        return step(trainer)
+        return step(trainer, signal)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     model = _copy_model(tmp_path / "model")

@@ -43,8 +43,11 @@ class Group:
         if not 0 <= self.rank < self.size:
             raise UserError(f"RANK={self.rank} is not below WORLD_SIZE={self.size}")
 
-    def connect(self) -> None:
+    def connect(self, backend: str = "gloo") -> None:
         """Finds the other processes.
+
+        Args:
+            backend: of the default process group; what this class does itself goes through ``gloo``.
 
         Raises:
             UserError: they cannot be reached.
@@ -54,8 +57,8 @@ class Group:
         from torch import distributed
 
         try:
-            distributed.init_process_group("gloo", timeout=MEETING)
-            self._workers = distributed.new_group(timeout=WORKING)
+            distributed.init_process_group(backend, timeout=MEETING)
+            self._workers = distributed.new_group(timeout=WORKING, backend="gloo")
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the other processes cannot be reached: {_first_line(error)}") from None
 

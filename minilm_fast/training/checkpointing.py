@@ -1,21 +1,23 @@
-"""Checkpoints of a run: ``<output_dir>/ckpt-N/`` (weights) beside ``<output_dir>/optim.N.bin`` (all else)."""
+"""The folder of a run: ``ckpt-N/`` (weights), ``optim.N.bin`` (all else), ``run.json``, ``history.json``."""
 
 from __future__ import annotations
 
-import random
+import json
+import os
 import re
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch import Tensor
 
-from minilm_fast import checkpoint
-from minilm_fast.atomic import atomic_write
-from minilm_fast.config import Config
+from minilm_fast.atomic import atomic_write, remove_quietly, temporary_name
 from minilm_fast.errors import UserError
-from minilm_fast.modeling.seq2seq import Seq2SeqModel
-from minilm_fast.tokenization import Tokenizer
+
+# The state before the latest is kept too, for the case that the latest turns out to be damaged.
+STATES_KEPT = 2
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -23,90 +25,191 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / f"ckpt-{step}"
 
 
-def _state_file(output_dir: Path, step: int) -> Path:
+def state_file(output_dir: Path, step: int) -> Path:
+    """File with what is needed beside the weights to go on after ``step`` steps."""
     return output_dir / f"optim.{step}.bin"
 
 
+def weight_steps(output_dir: Path) -> list[int]:
+    """Steps of which there are weights, ascending."""
+    names = (re.fullmatch(r"ckpt-(\d+)", folder.name) for folder in output_dir.glob("ckpt-*") if folder.is_dir())
+    return sorted(int(match[1]) for match in names if match)
+
+
+def whole_steps(output_dir: Path) -> list[int]:
+    """Steps with a whole checkpoint, ascending: both parts are there, and each appeared when it was complete."""
+    return [step for step in weight_steps(output_dir) if state_file(output_dir, step).is_file()]
+
+
 def latest_step(output_dir: Path) -> int | None:
-    """The largest step with a whole checkpoint: both parts are there, and each was renamed into place when complete."""
-    steps = [
-        int(match[1])
-        for folder in output_dir.glob("ckpt-*")
-        if (match := re.fullmatch(r"ckpt-(\d+)", folder.name)) and folder.is_dir()
-    ]
-    whole = [step for step in steps if _state_file(output_dir, step).is_file()]
-    return max(whole, default=None)
+    """The largest step with a whole checkpoint."""
+    return max(whole_steps(output_dir), default=None)
 
 
-def _random_state(rng: random.Random) -> dict[str, Any]:
-    version, internal, gauss = rng.getstate()
-    return {
-        "python": [version, list(internal), gauss],
-        "torch": torch.get_rng_state(),
-    }
-
-
-def _restore_random_state(rng: random.Random, state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    rng.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(state["torch"])
-
-
-def save(
-    output_dir: Path,
-    step: int,
-    model: Seq2SeqModel,
-    optimizer: torch.optim.Optimizer,
-    rng: random.Random,
-    tokenizer: Tokenizer,
-    progress: dict[str, Any],
-) -> Path:
-    """Write a checkpoint; the state of earlier checkpoints, of use only to go on from there, is removed afterwards.
+def save(output_dir: Path, step: int, state: Mapping[str, Any], save_weights: Callable[[Path], None]) -> Path:
+    """Write a checkpoint, whole at any instant or not there.
 
     Args:
-        progress: plain numbers and lists that :func:`restore` gives back.
+        state: plain values and tensors.
+        save_weights: writes the weights to the folder that it is given.
 
     Returns:
         the folder with the weights.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are as they were.
     """
-    state = {
-        "step": step,
-        "optimizer": optimizer.state_dict(),
-        "random": _random_state(rng),
-        "progress": progress,
-    }
-    with atomic_write(_state_file(output_dir, step)) as file:
-        torch.save(state, file)
     folder = checkpoint_folder(output_dir, step)
-    checkpoint.save(folder, model.config, model.checkpoint_state(), tokenizer)
-    for old in output_dir.glob("optim.*.bin"):
-        if old != _state_file(output_dir, step):
-            old.unlink()
+    if folder.exists():
+        _remove_folder(folder)
+    with atomic_write(state_file(output_dir, step)) as file:
+        _write_state(state, file)
+    save_weights(folder)
+    for old in _state_steps(output_dir)[:-STATES_KEPT]:
+        remove_quietly(state_file(output_dir, old))
     return folder
 
 
-def load_weights(output_dir: Path, step: int) -> tuple[Config, dict[str, Tensor]]:
-    """Configuration and weights of a checkpoint of this run."""
-    loaded = checkpoint.load(checkpoint_folder(output_dir, step), for_training=True)
-    return loaded.config, loaded.state
+def _write_state(state: Mapping[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(dict(state), file)
+    except RuntimeError as error:
+        # The writer hides the error of the stream behind one of its own.
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
 
-def restore(output_dir: Path, step: int, optimizer: torch.optim.Optimizer, rng: random.Random) -> dict[str, Any]:
-    """Set optimiser and random state to those of a checkpoint.
+def _state_steps(output_dir: Path) -> list[int]:
+    names = (re.fullmatch(r"optim\.(\d+)\.bin", file.name) for file in output_dir.glob("optim.*.bin"))
+    return sorted(int(match[1]) for match in names if match)
 
-    Returns:
-        what :func:`save` was given as ``progress``.
+
+def _remove_folder(folder: Path) -> None:
+    """A folder that vanishes at once, whatever happens on the way."""
+    doomed = temporary_name(folder)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_state(output_dir: Path, step: int) -> dict[str, Any]:
+    """What :func:`save` was given as ``state``.
 
     Raises:
-        UserError: the file is broken or belongs to another model.
+        UserError: the file is cut off or damaged.
     """
-    path = _state_file(output_dir, step)
+    path = state_file(output_dir, step)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        _restore_random_state(rng, state["random"])
-        progress: dict[str, Any] = state["progress"]
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"cannot resume from {path}: it is damaged ({damaged})")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot resume from {path}: {reason}") from None
-    return progress
+
+
+def prune(output_dir: Path, limit: int | None, best: int | None) -> None:
+    """Remove the weights of all but the last ``limit`` steps and the best; None keeps all."""
+    if limit is None:
+        return
+    for step in weight_steps(output_dir)[:-limit]:
+        if step != best:
+            remove_quietly(state_file(output_dir, step))
+            _remove_folder(checkpoint_folder(output_dir, step))
+
+
+def point_to_best(output_dir: Path, step: int) -> None:
+    """Let the link ``best`` name the folder of the weights of a step, where the file system has links."""
+    link = output_dir / "best"
+    name = temporary_name(link)
+    try:
+        os.symlink(checkpoint_folder(output_dir, step).name, name)
+        os.replace(name, link)
+    except OSError:
+        remove_quietly(name)
+
+
+class RunFolder:
+    """The output folder, held by one run at a time.
+
+    Args:
+        path: made if need be.
+
+    Raises:
+        UserError: it cannot be made, or another run that is under way holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "ab")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise UserError(f"--output_dir {path}: {error.strerror}") from None
+        self._hold()
+        for leftover in path.glob(".*.tmp"):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                remove_quietly(leftover)
+
+    def _hold(self) -> None:
+        try:
+            import fcntl
+        except ImportError:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output_dir {self.path}: another run is writing to it") from None
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        self._lock.close()
+
+    def claim(self, run: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Make sure that checkpoints in the folder are of this run, and note what run it is.
+
+        Args:
+            run: plain values by the name of their flag.
+            overwrite: remove the checkpoints of another run.
+
+        Raises:
+            UserError: the folder holds checkpoints of another run; the message names a flag that differs.
+        """
+        if weight_steps(self.path):
+            difference = self._difference(run)
+            if difference is not None:
+                if not overwrite:
+                    raise UserError(
+                        f"--output_dir {self.path} holds checkpoints {difference}: name another folder, or remove "
+                        f"them with --overwrite_output_dir"
+                    )
+                self._clear()
+        with atomic_write(self.path / "run.json") as file:
+            file.write((json.dumps({"run": run}, indent=1, sort_keys=True) + "\n").encode())
+
+    def _difference(self, run: Mapping[str, Any]) -> str | None:
+        try:
+            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["run"]
+        except FileNotFoundError:
+            return "of another program (no run.json)"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "beside a run.json that cannot be read"
+        for name in sorted({*found, *run}):
+            if found.get(name) != run.get(name):
+                return f"of another run (--{name} {found.get(name)} there, {run.get(name)} here)"
+        if not whole_steps(self.path):
+            return "that cannot be resumed (no optim.N.bin belongs to them)"
+        return None
+
+    def _clear(self) -> None:
+        for step in _state_steps(self.path):
+            remove_quietly(state_file(self.path, step))
+        for step in weight_steps(self.path):
+            _remove_folder(checkpoint_folder(self.path, step))
+        for name in ("history.json", "best", "run.json"):
+            remove_quietly(self.path / name)

@@ -1,226 +1,358 @@
-"""The training loop: batches, optimiser steps, logging, checkpoints."""
+"""The training loop: optimiser steps over micro-batches and processes, checkpoints, an exact resume."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import math
-import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minilm_fast.atomic import atomic_write
-from minilm_fast.data.batching import PackedBatch, collate
-from minilm_fast.data.orders import LengthGroupedBatches, sequential_batch
-from minilm_fast.data.pseudo_masking import Feature, Masking, PseudoMasker, SpecialIds, framed_lengths
 from minilm_fast.errors import UserError
-from minilm_fast.modeling.seq2seq import Seq2SeqModel
-from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training import checkpointing
+from minilm_fast.training.checkpointing import RunFolder, checkpoint_folder
+from minilm_fast.training.distributed import World
+from minilm_fast.training.history import History
 from minilm_fast.training.optimizer import AdamW, linear_schedule, parameter_groups
+from minilm_fast.training.precision import Precision
+from minilm_fast.training.reporting import Meter, Reporter, StepReport, peak_flops
+from minilm_fast.training.signals import DeferredSignals, stop
+from minilm_fast.training.task import StepData, Task, loss_parts
 
 logger = logging.getLogger(__name__)
 
-# The original fetches this many samples to log them before it trains, which uses up random numbers.
-_INSPECTED_SAMPLES = 5
+# The scale of the loss halves with every skipped step: after so many in a row it is of no use any more.
+MOST_SKIPPED_IN_A_ROW = 40
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
-    """Settings of a run; the names are those of the command line's flags."""
+class LoopOptions:
+    """Settings of a run; the names are those of the command line's flags.
 
-    max_source_seq_length: int = 464
-    max_target_seq_length: int = 48
-    per_gpu_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
+    Args:
+        total_steps: optimiser steps of the whole run, over which the learning rate falls to 0.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        save_total_limit: how many checkpoints to keep beside the best; None: all.
+        metric_for_best_model: the measure that decides which checkpoint is the best.
+        log_dir: folder of TensorBoard's files; None: ``runs`` in the output folder, if it is installed.
+        peak_tflops: of one process' device, in units of 1e12 operations a second; None: measured.
+    """
+
+    total_steps: int
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    num_training_steps: int = -1
-    num_training_epochs: int = 10
     num_warmup_steps: int = 0
     logging_steps: int = 500
     save_steps: int = 1500
+    save_total_limit: int | None = None
+    precision: str = "fp32"
     seed: int = 42
-    bf16: bool = False
-    group_by_length: bool = False
-    masking: Masking = field(default_factory=Masking)
+    metric_for_best_model: str = "dev_loss"
+    log_dir: Path | None = None
+    peak_tflops: float | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The options that the weights depend on."""
+        free = {"logging_steps", "save_steps", "save_total_limit", "metric_for_best_model", "log_dir", "peak_tflops"}
+        values = {name: value for name, value in asdict(self).items() if name not in free}
+        values["num_training_steps"] = values.pop("total_steps")
+        precision = values.pop("precision")
+        return values | {name: precision == name for name in ("fp16", "bf16")}
 
 
 class Trainer:
-    """Trains one model on one device.
+    """Trains a task, alone or as one of several processes.
 
     Args:
-        features: the training set; shuffled here, in place, as the original does.
-        dev_features: if not empty, its loss is logged at every checkpoint.
+        task: its module is moved to the device of this process.
+        world: connected.
     """
 
-    def __init__(
-        self,
-        model: Seq2SeqModel,
-        tokenizer: Tokenizer,
-        special: SpecialIds,
-        features: list[Feature],
-        dev_features: Sequence[Feature],
-        options: TrainingOptions,
-        output_dir: Path,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.special = special
-        self.features = features
-        self.dev_features = dev_features
+    def __init__(self, task: Task, options: LoopOptions, output_dir: Path, world: World) -> None:
+        self.task = task
         self.options = options
         self.output_dir = output_dir
-        self.rng = random.Random(options.seed)
-        self.masker = self._masker(options.masking, self.rng)
+        self.world = world
+        self.precision = Precision(options.precision, world.device)
+        task.module.to(world.device)
         self.optimizer = AdamW(
-            parameter_groups(model, options.weight_decay), lr=options.learning_rate, eps=options.adam_epsilon
+            parameter_groups(task.module, options.weight_decay), lr=options.learning_rate, eps=options.adam_epsilon
         )
-        self.rng.shuffle(features)
-        for feature in features[:_INSPECTED_SAMPLES]:
-            self.masker(feature)
-        self.grouped: LengthGroupedBatches | None = None
-        if options.group_by_length:
-            lengths = [self._packed_length(feature) for feature in features]
-            self.grouped = LengthGroupedBatches(lengths, options.per_gpu_train_batch_size, options.seed)
-        self.total_steps = self._total_steps()
+        self.module = world.distribute(task.module, find_unused_parameters=task.find_unused_parameters)
         self.step = 0
-        self.history: list[dict[str, float]] = []
-
-    def _masker(self, masking: Masking, rng: random.Random) -> PseudoMasker:
-        options = self.options
-        return PseudoMasker(self.special, masking, options.max_source_seq_length, options.max_target_seq_length, rng)
-
-    def _packed_length(self, feature: Feature) -> int:
-        options = self.options
-        source, target = framed_lengths(feature, options.max_source_seq_length, options.max_target_seq_length)
-        return source + 2 * target
-
-    def _total_steps(self) -> int:
-        options = self.options
-        if options.num_training_steps > 0:
-            return options.num_training_steps
-        per_step = options.per_gpu_train_batch_size * options.gradient_accumulation_steps
-        return math.ceil(len(self.features) * options.num_training_epochs / per_step)
-
-    def _batch(self, number: int) -> PackedBatch:
-        if self.grouped is not None:
-            indices = self.grouped[number]
-        else:
-            indices = sequential_batch(number, self.options.per_gpu_train_batch_size, len(self.features))
-        return collate([self.masker(self.features[i]) for i in indices])
-
-    def _loss(self, batch: PackedBatch) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
-            return self.model(batch)
-
-    def train_step(self) -> tuple[list[float], float, int]:
-        """One optimiser step.
-
-        Returns:
-            the losses of its batches, the gradient norm before clipping, the number of tokens.
-
-        Raises:
-            UserError: the loss is not finite; nothing has been updated.
-        """
-        accumulation = self.options.gradient_accumulation_steps
-        losses, tokens = [], 0
-        for i in range(accumulation):
-            batch = self._batch(self.step * accumulation + i)
-            loss = self._loss(batch)
-            losses.append(loss.item())
-            tokens += batch.tokens
-            if not math.isfinite(losses[-1]):
-                raise UserError(f"step {self.step + 1}: the loss is {losses[-1]}; try a lower --learning_rate")
-            (loss / accumulation).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
-        rate = self.learning_rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return losses, norm.item(), tokens
+        self.saved_step = 0
+        self.skipped_in_a_row = 0
+        self.skipped = 0
+        self.history = History(output_dir / "history.json", options.metric_for_best_model)
+        self.since_record = Meter()
+        self.record: dict[str, float] = {}
+        self.reporter: Reporter | None = None
+        self.folder: RunFolder | None = None
+        self._data_state: Mapping[str, Any] = task.data_state()
+        if world.rank:
+            torch.manual_seed(options.seed + world.rank)
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the coming step."""
         options = self.options
-        return options.learning_rate * linear_schedule(self.step, options.num_warmup_steps, self.total_steps)
+        return options.learning_rate * linear_schedule(self.step, options.num_warmup_steps, options.total_steps)
 
-    @torch.no_grad()
-    def dev_loss(self) -> float:
-        """Mean loss of a predicted token of the dev set, each asked for with ``[MASK]`` after the true target."""
-        masker = self._masker(Masking(0.0, 0.0, -1.0, -1.0), random.Random(0))
-        ordered = sorted(self.dev_features, key=self._packed_length)
-        size = self.options.per_gpu_train_batch_size
-        total = count = 0.0
-        self.model.eval()
-        for start in range(0, len(ordered), size):
-            batch = collate([masker(f) for f in ordered[start : start + size]])
-            rows = batch.weights.sum().item()
-            total += self._loss(batch).item() * rows
-            count += rows
-        self.model.train()
-        return total / count
+    def train_step(self, signal: int = 0) -> StepReport:
+        """One optimiser step.
 
-    def resume(self) -> None:
-        """Go on from the last whole checkpoint in the output folder, whose weights the model already holds."""
-        step = checkpointing.latest_step(self.output_dir)
-        if step is None:
+        Args:
+            signal: number of a signal that this process has received.
+
+        Raises:
+            UserError: the loss or a gradient is not finite, in any process; nothing has been updated.
+        """
+        data = self.task.step_data(self.step)
+        with self.world.watching():
+            results = self._accumulate(data)
+        parts, signal = self._agree(data, results, signal)
+        norm = self.precision.clip(self.optimizer, self.task.module, self.options.max_grad_norm)
+        skipped = self._check(parts["loss"], norm)
+        rate = self.learning_rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.precision.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._data_state = data.state
+        self.step += 1
+        losses = torch.stack([result["loss"] for result in results]).tolist()
+        report = StepReport(losses, parts, norm, rate, data.tokens, data.flops, skipped, signal)
+        self.skipped += skipped
+        self.since_record.add(report)
+        return report
+
+    def _accumulate(self, data: StepData) -> list[dict[str, Tensor]]:
+        """Forward and backward of every micro-batch; the last backward also averages over the processes."""
+        factor = self._factor(data)
+        results = []
+        for number, batch in enumerate(data.batches):
+            last = number == len(data.batches) - 1
+            alone = contextlib.nullcontext() if last or self.world.size == 1 else self.module.no_sync()  # type: ignore[operator]
+            with alone:
+                with self.precision.autocast():
+                    parts = loss_parts(self.module(batch.to(self.world.device), data.normalizer))
+                self.precision.backward(parts["loss"] * factor)
+            results.append({name: value.detach().float() for name, value in parts.items()})
+        return results
+
+    def _factor(self, data: StepData) -> float:
+        """What a micro-batch's loss is multiplied by; gradients are averaged over the processes afterwards."""
+        return 1 / len(data.batches) if data.normalizer is None else float(self.world.size)
+
+    def _agree(self, data: StepData, results: list[dict[str, Tensor]], signal: int) -> tuple[dict[str, float], int]:
+        """Losses over all processes, and the signal that any of them received."""
+        names = list(results[0])
+        local = torch.stack([torch.stack([result[name] for result in results]).sum() for name in names])
+        local = local * (self._factor(data) / self.world.size)
+        flags = torch.zeros(64, device=local.device)
+        flags[signal] = 1
+        together = self.world.sum(torch.cat([local, flags])).tolist()
+        received = [number for number, count in enumerate(together[len(names) :]) if count and number]
+        return dict(zip(names, together, strict=False)), max(received, default=0)
+
+    def _check(self, loss: float, norm: float) -> bool:
+        """Whether the step is to be skipped."""
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.skipped_in_a_row = 0
+            return False
+        found = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
+        advice = "try a lower --learning_rate"
+        if self.precision.scaled and not math.isfinite(norm):
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row <= MOST_SKIPPED_IN_A_ROW:
+                return True
+            found += f" as in the {MOST_SKIPPED_IN_A_ROW} steps before"
+            advice += ", or --bf16"
+        raise UserError(f"step {self.step + 1}: {found}; {advice}")
+
+    def prepare(self, *, overwrite: bool = False) -> None:
+        """Claim the output folder and go on from its last whole checkpoint, if there is one.
+
+        Args:
+            overwrite: remove the checkpoints of another run.
+
+        Raises:
+            UserError: the folder cannot be written or is in use, it holds checkpoints of another run, or none of this
+                run's is whole.
+        """
+
+        def claim() -> None:
+            self.folder = RunFolder(self.output_dir)
+            self.folder.claim(self.options.fingerprint() | self.task.fingerprint(), overwrite=overwrite)
+
+        self.world.on_main(claim)
+        step = self.world.on_main(self._restore_latest)
+        if step is not None and not self.world.is_main:
+            self._restore(step)
+        if step is not None:
+            logger.info("resuming after step %d", step)
+
+    def _restore_latest(self) -> int | None:
+        failures: list[UserError] = []
+        for step in reversed(checkpointing.whole_steps(self.output_dir)):
+            try:
+                self._restore(step)
+            except UserError as error:
+                logger.warning("warning: %s", error)
+                failures.append(error)
+                continue
+            return step
+        if failures:
+            raise failures[0]
+        return None
+
+    def _restore(self, step: int) -> None:
+        state = checkpointing.read_state(self.output_dir, step)
+        try:
+            self.task.load_weights(checkpoint_folder(self.output_dir, step))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.precision.scaler.load_state_dict(state["scaler"])
+            self.task.load_data_state(state["data"])
+            self._data_state = state["data"]
+            self._restore_random(state["random"], step)
+            self.record = dict(state["record"])
+            self.since_record.restore(state["since_record"])
+            self.skipped, self.skipped_in_a_row = state["skipped"]
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            path = checkpointing.state_file(self.output_dir, step)
+            raise UserError(f"cannot resume from {path}: {reason}") from None
+        self.step = self.saved_step = step
+        self.history.load(step)
+
+    def _restore_random(self, states: list[dict[str, Tensor]], step: int) -> None:
+        """A process that took no part when the checkpoint was written starts its own sequence."""
+        rank = self.world.rank
+        if rank >= len(states):
+            torch.manual_seed(self.options.seed + rank + 1_000_003 * step)
             return
-        progress = checkpointing.restore(self.output_dir, step, self.optimizer, self.rng)
-        self.step = step
-        self.history = progress["history"]
-        logger.info("resuming after step %d", step)
+        torch.set_rng_state(states[rank]["cpu"])
+        if "cuda" in states[rank] and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(states[rank]["cuda"], self.world.device)
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return state
 
     def save(self) -> None:
-        """Write a checkpoint, and the dev loss if there is a dev set."""
-        record: dict[str, float] = {"step": self.step, "learning_rate": self.learning_rate}
-        if self.dev_features:
-            record["dev_loss"] = self.dev_loss()
-            logger.info("step %d  dev loss %.4f", self.step, record["dev_loss"])
-        self.history.append(record)
-        progress: dict[str, Any] = {"history": self.history}
-        folder = checkpointing.save(
-            self.output_dir, self.step, self.model, self.optimizer, self.rng, self.tokenizer, progress
-        )
-        with atomic_write(self.output_dir / "history.json") as file:
-            file.write(json.dumps(self.history, indent=1).encode())
-        logger.info("saved %s", folder)
+        """Write a checkpoint.
+
+        Raises:
+            UserError: it cannot be written, in every process; the one before is as it was.
+        """
+        if self._is_save_step():
+            means = self.since_record.means()
+            self.record = {
+                "step": self.step,
+                "learning_rate": self.learning_rate,
+                **means,
+                "skipped_steps": self.skipped,
+            }
+            self.since_record.reset()
+        random = self.world.gather(self._random_state())
+
+        def write() -> None:
+            state = {
+                "step": self.step,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.precision.scaler.state_dict(),
+                "data": dict(self._data_state),
+                "random": random,
+                "record": self.record,
+                "since_record": self.since_record.state(),
+                "skipped": [self.skipped, self.skipped_in_a_row],
+            }
+            folder = checkpointing.save(self.output_dir, self.step, state, self.task.save_weights)
+            logger.info("saved %s", folder)
+
+        self.world.on_main(write)
+        self.saved_step = self.step
+
+    def evaluate(self) -> None:
+        """Measure the checkpoint that was just written, and record it."""
+        folder = checkpoint_folder(self.output_dir, self.step)
+        self.task.module.eval()
+        with torch.no_grad():
+            measures = self.task.evaluate(self.world, self.precision, folder)
+        self.task.module.train()
+
+        def write() -> None:
+            self.history.add(self.record | measures)
+            best = self.history.best()
+            if best is not None:
+                checkpointing.point_to_best(self.output_dir, best["step"])
+            limit = self.options.save_total_limit
+            checkpointing.prune(self.output_dir, limit, best["step"] if best else None)
+
+        self.world.on_main(write)
+        if self.reporter is not None:
+            self.reporter.evaluation(self.step, measures)
 
     def hint(self) -> str:
         """What a message about a run that was cut short ends with."""
-        if not self.history:
-            return ""
-        return f"; the same command goes on after step {self.history[-1]['step']}"
+        return f"; the same command goes on after step {self.saved_step}" if self.saved_step else ""
+
+    def _is_save_step(self) -> bool:
+        return self.step > 0 and (self.step % self.options.save_steps == 0 or self.step == self.options.total_steps)
 
     def train(self) -> None:
-        """Run to the last step; save every ``save_steps`` and at the end."""
+        """Run to the last step; save and evaluate every ``save_steps`` and at the end.
+
+        Raises:
+            Terminated, KeyboardInterrupt: a signal came; the step was finished and saved.
+        """
+        self.task.module.train()
+        self._start_reporter()
+        try:
+            if self._is_save_step() and self.step == self.saved_step and not self.history.has(self.step):
+                self.evaluate()
+            with DeferredSignals() as signals:
+                while self.step < self.options.total_steps:
+                    self._train_and_save(signals)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the event file and let another run have the output folder."""
+        if self.reporter is not None:
+            self.reporter.close()
+        if self.folder is not None:
+            self.folder.close()
+
+    def _start_reporter(self) -> None:
         options = self.options
-        self.model.train()
-        losses: list[float] = []
-        tokens, logged, since = 0, self.step, time.perf_counter()
-        while self.step < self.total_steps:
-            rate = self.learning_rate
-            step_losses, norm, step_tokens = self.train_step()
-            losses += step_losses
-            tokens += step_tokens
-            if self.step % options.logging_steps == 0:
-                elapsed = time.perf_counter() - since
-                left = elapsed / (self.step - logged) * (self.total_steps - self.step)
-                logger.info(
-                    "step %d/%d  loss %.4f  lr %.3g  grad norm %.2f  %.0f tokens/s  %.0f min left",
-                    self.step, self.total_steps, sum(losses) / len(losses), rate, norm, tokens / elapsed, left / 60,
-                )  # fmt: skip
-                losses, tokens, logged, since = [], 0, self.step, time.perf_counter()
-            if self.step % options.save_steps == 0 or self.step == self.total_steps:
-                self.save()
+        if options.peak_tflops is not None:
+            peak = options.peak_tflops * 1e12 * self.world.size
+        else:
+            peak = peak_flops(self.world, self.precision.dtype)
+        self.reporter = Reporter(
+            self.world, options.logging_steps, options.total_steps, options.log_dir, self.output_dir / "runs", peak
+        )
+
+    def _train_and_save(self, signals: DeferredSignals) -> None:
+        report = self.train_step(signals.received)
+        assert self.reporter is not None
+        self.reporter.step(self.step, report, self.skipped)
+        start = time.perf_counter()
+        if report.signal:
+            self.save()
+            stop(report.signal)
+        if self._is_save_step():
+            self.save()
+            self.evaluate()
+            self.reporter.meter.exclude(time.perf_counter() - start)

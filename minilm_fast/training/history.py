@@ -1,0 +1,56 @@
+"""``history.json``: a record for every checkpoint, and which of them is the best."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from minilm_fast.atomic import atomic_write
+
+
+class History:
+    """Records of a run.
+
+    Args:
+        path: the file.
+        metric: what decides which checkpoint is the best: the lowest for a name that ends in ``loss``, otherwise the
+            highest; the earliest of equals.
+
+    Attributes:
+        records: one mapping for each checkpoint, with ``"step"`` and what was measured.
+    """
+
+    def __init__(self, path: Path, metric: str) -> None:
+        self.path = path
+        self.metric = metric
+        self.records: list[dict[str, float]] = []
+
+    def load(self, step: int) -> None:
+        """Read the records of checkpoints up to ``step``; a file that cannot be read counts as empty."""
+        try:
+            records = json.loads(self.path.read_text(encoding="utf-8"))["records"]
+            self.records = [record for record in records if record["step"] <= step]
+        except (OSError, ValueError, KeyError, TypeError):
+            self.records = []
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint after ``step`` has a record."""
+        return any(record["step"] == step for record in self.records)
+
+    def add(self, record: dict[str, float]) -> None:
+        """Add a record and write the file."""
+        self.records.append(record)
+        content = {"best": self.best(), "records": self.records}
+        with atomic_write(self.path) as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
+
+    def best(self) -> dict[str, Any] | None:
+        """``step``, ``metric`` and ``value`` of the best checkpoint; None if nothing was measured."""
+        measured = [r for r in self.records if math.isfinite(r.get(self.metric, math.nan))]
+        if not measured:
+            return None
+        sign = 1 if self.metric.endswith("loss") else -1
+        best = min(measured, key=lambda record: sign * record[self.metric])
+        return {"step": best["step"], "metric": self.metric, "value": best[self.metric]}
