@@ -96,7 +96,7 @@ class Ours(Trainer):
         return "packed, attention without a mask matrix, fused norm, GELU and loss"
 
     def loss(self, samples: Sequence[Sample]) -> Tensor:
-        return self.model(collate(samples))
+        return self.model(collate(samples, multiple=64))
 
 
 def _smoothed(logits: Tensor, labels: Tensor) -> Tensor:

@@ -249,6 +249,24 @@ def test_collate_lays_out_source_target_pseudo() -> None:
         collate([])
 
 
+@pytest.mark.parametrize("multiple", [8, 64])
+@pytest.mark.parametrize("last", [1, 3, 8, 20])
+def test_collate_fills_up_to_a_multiple(multiple: int, last: int) -> None:
+    samples = [Sample([2, 9, 8, 3], [7, 4, 3], [4, 4, 4], [0, 1, 2], [7, 6, 3])]
+    samples.append(Sample([2] * 8, [5] * last, [], [last - 1], [3]))
+    plain, filled = collate(samples), collate(samples, multiple)
+    for name in ("predicted", "labels"):
+        assert torch.equal(getattr(filled, name)[: plain.labels.numel()], getattr(plain, name))
+    assert torch.equal(filled.input_ids[: plain.tokens], plain.input_ids) and filled.tokens == plain.tokens
+    assert not filled.input_ids[plain.tokens :].any()
+    assert filled.layout.total == filled.input_ids.numel() == filled.position_ids.numel()
+    for count in (filled.layout.total, filled.layout.total_queries, filled.labels.numel()):
+        assert count % multiple == 0
+    assert filled.weights.sum() == plain.weights.sum() == 4
+    idle = filled.predicted[filled.weights == 0]
+    assert (idle >= plain.layout.total_queries).all() and (idle < filled.layout.total_queries).all()
+
+
 def test_sequential_batches_go_round() -> None:
     assert [sequential_batch(n, 3, 5) for n in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
 

@@ -213,6 +213,18 @@ def test_backends_agree_with_dropout(name: str) -> None:
         torch.testing.assert_close(gradients[-1][parameter], gradient, rtol=1e-3, atol=bound)
 
 
+@pytest.mark.parametrize("way", ["v0", "v1", "v2"])
+def test_filler_changes_nothing(way: str) -> None:
+    model = _model(LOSS_CASES[0])
+    samples = [_sample(way, i) for i in range(6)]
+    model(collate(samples)).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(collate(samples, 64)).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_normalizer_replaces_the_mean() -> None:
     model, batch = _model(LOSS_CASES[0]), _batch("v2")
     with torch.no_grad():
