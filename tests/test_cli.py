@@ -12,7 +12,7 @@ from minilm_fast.errors import UserError
 from tests.command import Runner
 
 HEAVY = ("torch", "transformers", "tokenizers", "sentencepiece", "huggingface_hub", "tqdm", "numpy", "safetensors")
-MODULES = ("minilm_fast.decode", "minilm_fast.gen_seq_from_trace", "minilm_fast.run_seq2seq")
+MODULES = ("minilm_fast.decode", "minilm_fast.evaluate", "minilm_fast.gen_seq_from_trace", "minilm_fast.run_seq2seq")
 
 
 @pytest.fixture
