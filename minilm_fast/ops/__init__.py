@@ -1,6 +1,7 @@
 """Operators of minilm_fast (``torch.ops.minilm_fast.*``), one file each; ``reference`` is their specification."""
 
 from minilm_fast.ops._dispatch import backend, forced_backend
+from minilm_fast.ops.adamw import adamw
 from minilm_fast.ops.attention import attention
 from minilm_fast.ops.beam import ban_repeated_ngrams, beam_step
 from minilm_fast.ops.decode_attention import decode_attention, store_source
@@ -13,6 +14,7 @@ from minilm_fast.ops.relation_kl import relation_kl
 __all__ = [
     "PackedWeight",
     "SequenceLayout",
+    "adamw",
     "add_layer_norm",
     "attention",
     "backend",

@@ -334,3 +334,20 @@ def beam_step(
     best, index = torch.topk(total.flatten(1), width, dim=1)
     ids = candidate_ids.flatten(1).gather(1, index)
     return best, ids, (index // width).int()
+
+
+def adamw(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """Specification of :func:`minilm_fast.ops.adamw`; same arguments and effect."""
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    param.addcdiv_(mean, square.sqrt().add_(eps), value=-step_size).mul_(decay)

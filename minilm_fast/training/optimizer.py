@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from minilm_fast import ops
 
 
 class AdamW(torch.optim.Optimizer):
@@ -42,24 +44,26 @@ class AdamW(torch.optim.Optimizer):
                 self._update(group, params)
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         group["step"] = step = group.get("step", 0) + 1
         for param in params:
             if not self.state[param]:
                 self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        means = [self.state[p]["exp_avg"] for p in params]
-        squares = [self.state[p]["exp_avg_sq"] for p in params]
         beta1, beta2 = group["betas"]
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_add_(denominators, group["eps"])
-        step_size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        torch._foreach_addcdiv_(params, means, denominators, -step_size)
-        if group["weight_decay"] > 0:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for param in params:
+            state = self.state[param]
+            assert param.grad is not None
+            ops.adamw(
+                param,
+                param.grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                step_size=group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step),
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                decay=1 - group["lr"] * group["weight_decay"],
+            )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

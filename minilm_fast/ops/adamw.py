@@ -1,0 +1,54 @@
+"""One AdamW update in a single pass over memory.
+
+With ``m, v`` the running means of the gradient and its square (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2, as
+transformers 2.x implemented it)::
+
+    m     <- beta1 m + (1 - beta1) g
+    v     <- beta2 v + (1 - beta2) g^2
+    param <- (param - step_size m / (sqrt(v) + eps)) * decay
+"""
+
+from __future__ import annotations
+
+import torch
+
+from minilm_fast.ops import reference
+from minilm_fast.ops._dispatch import select
+from minilm_fast.ops._library import define
+
+_op = define(
+    "adamw(Tensor(a!) param, Tensor grad, Tensor(b!) mean, Tensor(c!) square, float step_size, float beta1, "
+    "float beta2, float eps, float decay) -> ()",
+    reference=reference.adamw,
+    fake=lambda *_: None,
+)
+
+
+def adamw(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    *,
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """Updates ``param``, ``mean`` and ``square`` in place (module docstring).
+
+    Args:
+        param, grad, mean, square: of one shape; the C++ kernel takes contiguous fp32.
+        step_size: learning rate with the bias corrections.
+        decay: factor on the updated parameter, ``1 - learning rate * weight decay``.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit.
+    """
+    tensors = (param, grad, mean, square)
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    if not plain or select("adamw", *tensors) == "reference":
+        reference.adamw(*tensors, step_size, beta1, beta2, eps, decay)
+    else:
+        _op(*tensors, step_size, beta1, beta2, eps, decay)
