@@ -4,18 +4,15 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <utility>
 
-#include "checks.h"
 #include "isa.h"
+#include "norm_checks.h"
 
 namespace minilm_fast {
-namespace {
-
-NormKernels choose_kernels() {
+NormKernels norm_kernels() {
 #ifdef MINILM_FAST_X86
   if (current_isa() >= Isa::kAvx512) return norm_kernels_avx512();
   if (current_isa() >= Isa::kAvx2) return norm_kernels_avx2();
@@ -23,15 +20,7 @@ NormKernels choose_kernels() {
   return norm_kernels_default();
 }
 
-// How many rows of `channels` are worth a thread.
-int64_t grain(int64_t channels) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, channels)); }
-
-// At least one row of at least one channel, in a matrix whose rows are contiguous.
-void check_matrix(const char* op, const char* name, const at::Tensor& x) {
-  check_float(op, name, x);
-  TORCH_CHECK(x.dim() == 2, op, ": ", name, " must be [rows, channels], got ", x.sizes());
-  check_rows_contiguous(op, name, x);
-}
+namespace {
 
 at::Tensor add_layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight,
                           const at::Tensor& bias, double eps) {
@@ -56,7 +45,7 @@ at::Tensor add_layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& 
   at::Tensor out = at::empty(x.sizes(), x.options());
   if (x.numel() == 0) return out;
   problem.out = out.data_ptr();
-  const NormKernels kernels = choose_kernels();
+  const NormKernels kernels = norm_kernels();
   at::parallel_for(0, x.size(0), grain(channels),
                    [&](int64_t begin, int64_t end) { kernels.add_layer_norm(problem, begin, end); });
   return out;
@@ -74,7 +63,7 @@ at::Tensor bias_gelu(const at::Tensor& x, const std::optional<at::Tensor>& bias)
   problem.bf16 = x.scalar_type() == at::kBFloat16;
   problem.x_stride = x.stride(0);
   problem.channels = x.size(1);
-  const NormKernels kernels = choose_kernels();
+  const NormKernels kernels = norm_kernels();
   at::parallel_for(0, x.size(0), grain(x.size(1)),
                    [&](int64_t begin, int64_t end) { kernels.bias_gelu(problem, begin, end); });
   return out;
@@ -113,7 +102,7 @@ at::Tensor embed_layer_norm(const at::Tensor& ids, const at::Tensor& positions, 
   at::Tensor out = at::empty({tokens, channels}, word.options());
   if (out.numel() == 0) return out;
   problem.out = out.data_ptr<float>();
-  const NormKernels kernels = choose_kernels();
+  const NormKernels kernels = norm_kernels();
   at::parallel_for(0, tokens, grain(channels),
                    [&](int64_t begin, int64_t end) { kernels.embed_layer_norm(problem, begin, end); });
   return out;

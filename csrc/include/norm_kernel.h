@@ -8,10 +8,14 @@
 namespace minilm_fast {
 namespace {
 
+struct Moments {
+  float mean, rstd;
+};
+
 // LayerNorm of one row: get(d, n) gives the n <= kLanes elements at d, put(d, n, v) takes the result. The sums are
 // kept in several vectors, which hides the latency and rounds less. The variance is taken around the mean.
 template <class Get, class Put>
-inline void normalize(int64_t channels, float eps, const float* weight, const float* bias, Get get, Put put) {
+inline Moments normalize(int64_t channels, float eps, const float* weight, const float* bias, Get get, Put put) {
   Vec sums[4] = {};
   int64_t d = 0;
   for (; d + 4 * kLanes <= channels; d += 4 * kLanes)
@@ -35,6 +39,7 @@ inline void normalize(int64_t channels, float eps, const float* weight, const fl
     const int64_t n = channels - d;
     put(d, n, (get(d, n) - mean) * scale * load_first(weight + d, n) + load_first(bias + d, n));
   }
+  return {mean, scale};
 }
 
 template <class T, class R>

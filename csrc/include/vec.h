@@ -240,10 +240,9 @@ inline Vec exponential(Vec x) {
   return reinterpret_cast<Vec>(reinterpret_cast<BitVec>(p) + exponent);
 }
 
-// x * Phi(x), Phi being the normal distribution function, as max(x, 0) - |x| Phi(-|x|): accurate in both tails.
-// Phi(-a) = exp(-a^2 / 2) G(1 / (1 + 0.35 a)) with a minimax polynomial G of relative error 3.2e-8.
-inline Vec gelu(Vec x) {
-  const Vec a = -maximum(splat(-16.0f), -absolute(x));
+// Phi(-a) / exp(-a^2 / 2) for a >= 0, Phi being the normal distribution function: G(1 / (1 + 0.35 a)) with a minimax
+// polynomial G of relative error 3.2e-8.
+inline Vec scaled_normal_tail(Vec a) {
   const Vec t = 1.0f / (a * 0.35f + 1.0f);
   Vec g = t * -2.914592358e-2f + 1.43971664e-1f;
   g = g * t - 2.55714182e-1f;
@@ -253,9 +252,21 @@ inline Vec gelu(Vec x) {
   g = g * t + 1.198328744e-1f;
   g = g * t + 1.398618687e-1f;
   g = g * t + 1.396214044e-1f;
-  g = g * t;
-  const Vec tail = g * exponential(a * a * -0.5f);
+  return g * t;
+}
+
+// x * Phi(x) as max(x, 0) - |x| Phi(-|x|): accurate in both tails.
+inline Vec gelu(Vec x) {
+  const Vec a = -maximum(splat(-16.0f), -absolute(x));
+  const Vec tail = scaled_normal_tail(a) * exponential(a * a * -0.5f);
   return maximum(splat(0.0f), x) - a * tail;
+}
+
+// Phi(x) + x Phi'(x), from its value at -|x|, which is small in the tail.
+inline Vec gelu_derivative(Vec x) {
+  const Vec a = -maximum(splat(-16.0f), -absolute(x));
+  const Vec lower = (scaled_normal_tail(a) - a * 0.398942280f) * exponential(a * a * -0.5f);
+  return x > splat(0.0f) ? 1.0f - lower : lower;
 }
 
 }  // namespace

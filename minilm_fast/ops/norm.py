@@ -2,15 +2,85 @@
 
 ``LayerNorm(x) = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last dimension, the variance biased;
 statistics in fp32 whatever the input. ``GELU(x) = x * Phi(x)`` with the exact normal distribution function.
+
+``dropout_add_layer_norm`` and ``bias_gelu`` have a backward pass. It computes the sums, the dropout and the activation
+again from the inputs; of the forward pass only the mean and ``1 / sqrt(var + eps)`` of each row are kept.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 
 from minilm_fast.ops import reference
 from minilm_fast.ops._dispatch import select
-from minilm_fast.ops._library import define
+from minilm_fast.ops._library import LIBRARY, define
+from minilm_fast.ops.dropout import dropout_factors
+
+Optional = torch.Tensor | None
+
+
+def _sum(
+    x: torch.Tensor, residual: Optional, dropout: float, seed: Optional, x_bias: Optional
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """``dropout(x + x_bias) + residual`` in fp32 and the factors of the dropout."""
+    factors = 1.0 if seed is None else dropout_factors(dropout, seed, x.shape[0], x.shape[1], device=x.device)[0]
+    total = (x.float() if x_bias is None else x + x_bias) * factors
+    return (total if residual is None else total + residual), factors
+
+
+def _dropout_norm_reference(
+    x: torch.Tensor,
+    residual: Optional,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dropout: float,
+    seed: Optional,
+    x_bias: Optional,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    total, _ = _sum(x, residual, dropout, seed, x_bias)
+    out = reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout, seed, x_bias)
+    return out, total.mean(1), (total.var(1, correction=0) + eps).rsqrt()
+
+
+def _dropout_norm_backward_reference(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    residual: Optional,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dropout: float,
+    seed: Optional,
+    x_bias: Optional,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    total, factors = _sum(x, residual, dropout, seed, x_bias)
+    normal = (total - mean[:, None]) * rstd[:, None]
+    grad = grad.float()
+    upstream = grad * weight
+    along = normal * (upstream * normal).mean(1, keepdim=True)
+    total_grad = (upstream - upstream.mean(1, keepdim=True) - along) * rstd[:, None]
+    x_grad = total_grad * factors
+    return (
+        x_grad.to(x.dtype),
+        x.new_empty(0)
+        if residual is None or not _gradients_differ(x, residual, dropout)
+        else total_grad.to(residual.dtype),
+        (grad * normal).sum(0),
+        grad.sum(0),
+        x.new_empty(0, dtype=torch.float32) if x_bias is None else x_grad.sum(0),
+    )
+
+
+def _gelu_backward_reference(grad: torch.Tensor, x: torch.Tensor, bias: Optional) -> tuple[torch.Tensor, torch.Tensor]:
+    v = x.float() if bias is None else x + bias
+    density = torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
+    x_grad = grad * (torch.erfc(v * -math.sqrt(0.5)) / 2 + v * density)
+    return x_grad.to(x.dtype), x_grad.new_empty(0) if bias is None else x_grad.sum(0)
+
 
 _norm_op = define(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> Tensor",
@@ -22,11 +92,80 @@ _gelu_op = define(
     reference=reference.bias_gelu,
     fake=lambda x, bias: x.new_empty(x.shape),
 )
+_gelu_backward_op = define(
+    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)",
+    reference=_gelu_backward_reference,
+    fake=lambda grad, x, bias: (
+        x.new_empty(x.shape),
+        x.new_empty((0 if bias is None else x.shape[1],), dtype=torch.float32),
+    ),
+)
+_dropout_norm_op = define(
+    "dropout_add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout, "
+    "Tensor? seed, Tensor? x_bias) -> (Tensor, Tensor, Tensor)",
+    reference=_dropout_norm_reference,
+    fake=lambda x, *_: (
+        x.new_empty(x.shape),
+        x.new_empty((x.shape[0],), dtype=torch.float32),
+        x.new_empty((x.shape[0],), dtype=torch.float32),
+    ),
+)
+# Where the gradient of residual is the same as that of x, an empty one stands for it; so it does for a missing x_bias.
+_dropout_norm_backward_op = define(
+    "dropout_add_layer_norm_backward(Tensor grad, Tensor x, Tensor? residual, Tensor weight, Tensor mean, Tensor rstd, "
+    "float dropout, Tensor? seed, Tensor? x_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_dropout_norm_backward_reference,
+    fake=lambda grad, x, residual, weight, mean, rstd, dropout, seed, x_bias: (
+        x.new_empty(x.shape),
+        residual.new_empty(x.shape) if _gradients_differ(x, residual, dropout) else x.new_empty(0),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+        weight.new_empty((0 if x_bias is None else x.shape[1],)),
+    ),
+)
 _embed_op = define(
     "embed_layer_norm(Tensor ids, Tensor positions, Tensor? types, Tensor word, Tensor position, Tensor? type, "
     "Tensor weight, Tensor bias, float eps) -> Tensor",
     reference=reference.embed_layer_norm,
     fake=lambda ids, positions, types, word, *_: word.new_empty((ids.shape[0], word.shape[1]), dtype=torch.float32),
+)
+
+
+def _gradients_differ(x: torch.Tensor, residual: Optional, dropout: float) -> bool:
+    return residual is not None and (dropout > 0 or residual.dtype != x.dtype)
+
+
+def _setup_gelu(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional, Optional]:
+    x, bias = ctx.saved_tensors
+    x_grad, bias_grad = _gelu_backward_op(grad, x, bias)
+    return x_grad, None if bias is None else bias_grad
+
+
+def _setup_dropout_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, residual, weight, _, _, ctx.dropout, seed, x_bias = inputs
+    ctx.save_for_backward(x, residual, weight, *output[1:], seed, x_bias)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _dropout_norm_backward(ctx: Any, grad: torch.Tensor, *_: object) -> tuple[Optional, ...]:
+    x, residual, weight, mean, rstd, seed, x_bias = ctx.saved_tensors
+    x_grad, residual_grad, weight_grad, bias_grad, x_bias_grad = _dropout_norm_backward_op(
+        grad, x, residual, weight, mean, rstd, ctx.dropout, seed, x_bias
+    )
+    if residual is None:
+        residual_grad = None
+    elif not _gradients_differ(x, residual, ctx.dropout):
+        residual_grad = x_grad
+    return x_grad, residual_grad, weight_grad, bias_grad, None, None, None, None if x_bias is None else x_bias_grad
+
+
+torch.library.register_autograd("minilm_fast::bias_gelu", _gelu_backward, setup_context=_setup_gelu, lib=LIBRARY)
+torch.library.register_autograd(
+    "minilm_fast::dropout_add_layer_norm", _dropout_norm_backward, setup_context=_setup_dropout_norm, lib=LIBRARY
 )
 
 
@@ -59,8 +198,9 @@ def dropout_add_layer_norm(
     eps: float,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``LayerNorm(dropout(x) + residual)``, differentiable.
+    """``LayerNorm(dropout(x + x_bias) + residual)``, differentiable.
 
     Args:
         x: fp32 or bf16 ``[rows, channels]``.
@@ -69,6 +209,7 @@ def dropout_add_layer_norm(
         eps: added to the variance.
         dropout: chance of an element of ``x`` to be dropped, below 1 (see :mod:`minilm_fast.ops.dropout`).
         seed: int64 ``[1]`` on the CPU, needed with ``dropout``; the same seed drops the same elements.
+        x_bias: fp32 ``[channels]`` or None: the bias of the linear layer before, which then needs no pass of its own.
 
     Returns:
         ``[rows, channels]`` in the dtype of ``x``.
@@ -81,11 +222,15 @@ def dropout_add_layer_norm(
         raise ValueError(f"dropout_add_layer_norm: dropout must be at least 0 and below 1, got {dropout}")
     if dropout > 0 and seed is None:
         raise ValueError("dropout_add_layer_norm: dropout needs a seed")
-    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout, seed)
+    drawn = seed if dropout > 0 else None
+    if select("dropout_add_layer_norm", x, residual, weight, bias, x_bias) == "reference":
+        return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout, drawn, x_bias)
+    out: torch.Tensor = _dropout_norm_op(x, residual, weight, bias, eps, dropout, drawn, x_bias)[0]
+    return out
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``GELU(x + bias)``, exact (erf).
+    """``GELU(x + bias)``, exact (erf), differentiable.
 
     Args:
         x: fp32 or bf16 ``[rows, channels]``.

@@ -256,9 +256,12 @@ def dropout_add_layer_norm(
     eps: float,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Specification of :func:`minilm_fast.ops.dropout_add_layer_norm`; same arguments and result."""
     total = _accumulate(x)
+    if x_bias is not None:
+        total = total + x_bias.to(total.dtype)
     if dropout > 0 and seed is not None:
         total = total * dropout_factors(dropout, seed, x.shape[0], x.shape[1], device=x.device)[0]
     if residual is not None:
