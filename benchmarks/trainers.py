@@ -43,6 +43,9 @@ class Trainer(ABC):
         self.job = job
         self.model = self.build()
         self.model.train()
+        for parameter in self.model.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
         self.optimizer = AdamW(self.model.parameters(), lr=1e-5)
 
     @abstractmethod

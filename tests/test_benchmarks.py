@@ -15,7 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from harness import Series  # noqa: E402
 from shapes import SHAPES, DecodeWorkload  # noqa: E402
-from work import encoder_decoder, masked_query_decoder  # noqa: E402
+from work import encoder_decoder, masked_query_decoder, pseudo_masked_training  # noqa: E402
 
 SHAPE = SHAPES["tiny"]
 LOAD = DecodeWorkload(batch=1, beam=3, source=11, steps=5)
@@ -110,6 +110,44 @@ def test_a_run_measures_and_reports(tmp_path: Path) -> None:
     stages = {name.partition(":")[0] for name, seconds in system["breakdown"].items() if seconds > 0}
     assert {"source", "step", "vocabulary", "search"} <= stages
     assert run("report.py", str(saved)).stdout == done.stdout
+
+
+def test_training_counts_what_must_be_computed() -> None:
+    d, f, source, target = SHAPE.hidden, SHAPE.intermediate, 7, 3
+    tokens = source + 2 * target
+    linear = attention = 0
+    for layer in range(SHAPE.layers):
+        last = layer == SHAPE.layers - 1
+        rows = target if last else tokens
+        linear += product(tokens, d, 2 * d) + product(rows, d, d) + block(rows)
+        for row in range(tokens - rows, tokens):
+            if row < source:
+                attention += attend(source)
+            elif row < source + target:
+                attention += attend(row + 1)
+            else:
+                attention += attend(row - target + 1)
+    linear += product(target, d, d) + product(target, d, SHAPE.vocab)
+    assert f == SHAPE.intermediate
+    assert pseudo_masked_training(SHAPE, source, target) == (3 * linear, 3 * attention)
+
+
+def test_training_is_measured_and_reported(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    saved = tmp_path / "run.json"
+    sizes = ["--shape", "tiny", "--lengths", "9,3", "--examples", "4", "--batch", "2", "--max-source", "9"]
+    done = run("training.py", *sizes, "--max-target", "3", "--rounds", "1", "--threads", "1", "--json", str(saved))
+    assert done.returncode == 0, done.stderr
+    systems = json.loads(saved.read_text(encoding="utf-8"))["systems"]
+    assert [(s["name"], s["dtype"]) for s in systems[:3]] == [
+        ("minilm_fast", "fp32"),
+        ("original's algorithm", "fp32"),
+        ("hf", "fp32"),
+    ]
+    losses = [system["batch"][0]["loss"] for system in systems]
+    # Random weights all predict about evenly: the smoothed loss of every system is near that of guessing.
+    assert all(7 < loss < 12 for loss in losses), losses
+    assert "times faster" in done.stdout
 
 
 @pytest.mark.parametrize(
