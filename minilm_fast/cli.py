@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -12,9 +13,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from minilm_fast.errors import Terminated, UserError
+
+if TYPE_CHECKING:
+    from minilm_fast.training.distributed import World
+    from minilm_fast.training.loop import Trainer
 
 # Subcommand: its module and what it does.
 COMMANDS = {
@@ -60,6 +65,42 @@ def guarded(run: Callable[[], None], hint: Callable[[], str] = str, batch_flag: 
                 raise
             return _fail(f"not enough memory; a lower {batch_flag} needs less{hint()}", USAGE_ERROR)
     return 0
+
+
+def run_training(
+    args: argparse.Namespace,
+    make_trainer: Callable[[argparse.Namespace, World], Trainer],
+    check: Callable[[argparse.Namespace], None],
+) -> int:
+    """What every training program does with its arguments: processes, output folder, resume, training.
+
+    Args:
+        args: with the flags of :func:`minilm_fast.training.flags.add_loop_flags` and ``output_dir``.
+        make_trainer: reads the data and makes the trainer.
+        check: raises :class:`UserError` where flags are wrong, before anything is read or written.
+
+    Returns:
+        The exit status.
+    """
+    trainer: Trainer | None = None
+
+    def run() -> None:
+        nonlocal trainer
+        check(args)
+        from minilm_fast.training.checkpointing import run_folder
+        from minilm_fast.training.distributed import World
+
+        world = World(local_rank=args.local_rank, cuda=not args.no_cuda)
+        level = logging.INFO if world.is_main else logging.ERROR
+        logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+        world.connect()
+        with run_folder(world, args.output_dir) as folder:
+            trainer = make_trainer(args, world)
+            trainer.prepare(folder, overwrite=args.overwrite_output_dir)
+            trainer.train()
+        world.close()
+
+    return guarded(run, lambda: trainer.hint() if trainer else "", "--per_gpu_train_batch_size")
 
 
 def say(kind: str, message: str) -> None:

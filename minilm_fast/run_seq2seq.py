@@ -11,20 +11,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilm_fast.cli import ArgumentParser, guarded
+from minilm_fast.cli import ArgumentParser, run_training
 from minilm_fast.errors import UserError
-from minilm_fast.training.flags import add_loop_flags, loop_options, natural, positive_int
+from minilm_fast.training.flags import add_loop_flags, available_cores, loop_options, natural, positive_int
 
 if TYPE_CHECKING:
-    from minilm_fast.data.masking import Feature
+    from minilm_fast.data.examples import Example
+    from minilm_fast.data.features import FeatureStore
     from minilm_fast.hub import Resolved
     from minilm_fast.modeling.seq2seq import Seq2SeqModel
     from minilm_fast.tokenization import Tokenizer
     from minilm_fast.training.distributed import World
+    from minilm_fast.training.generation import Generation
     from minilm_fast.training.loop import Trainer
     from minilm_fast.training.seq2seq import Seq2SeqOptions
 
 logger = logging.getLogger(__name__)
+
+# What minilm_fast.metrics can score.
+TASKS = ("xsum", "cnndm", "gigaword", "qg")
+# Larger training files are tokenised by several processes.
+_LARGE_FILE = 1 << 26
 
 
 def build_parser() -> ArgumentParser:
@@ -58,6 +65,16 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--keep_prob", type=float, default=0.1, help="chance that a masked token stays as it is")
     add("--source_mask_prob", type=float, default=-1.0)
     add("--target_mask_prob", type=float, default=0.5)
+    add(
+        "--cached_train_features_file",
+        type=Path,
+        help="Arrow file of the tokenised examples; default: in OUTPUT_DIR if the package datasets is installed",
+    )
+    add(
+        "--preprocessing_num_workers",
+        type=positive_int,
+        help="processes that tokenise; default: by the file's size (new)",
+    )
     add("--lmdb_cache", action="store_true", help="accepted, has no effect: features are cached in Arrow files")
     add("--lmdb_dtype", default="h", help="accepted, has no effect")
     add("--group_by_length", action="store_true", help="batches of about equal lengths (new)")
@@ -72,6 +89,13 @@ def _add_dev_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dev_file", type=Path, help="its loss is measured at every checkpoint (new)")
     add("--max_dev_examples", type=positive_int, default=200, help="use this many, spread over the file (new)")
+    add(
+        "--dev_task",
+        choices=TASKS,
+        help="decode dev examples at every checkpoint and score them as this task does (new)",
+    )
+    add("--max_dev_generate", type=positive_int, default=100, help="decode this many of the dev examples (new)")
+    add("--dev_beam_size", type=positive_int, default=1, help="beams of that decoding (new)")
 
 
 def _tokenizer_and_weights(args: argparse.Namespace) -> tuple[Tokenizer, Resolved]:
@@ -108,14 +132,66 @@ def _load_model(args: argparse.Namespace, resolved: Resolved) -> Seq2SeqModel:
     return model
 
 
-def _features(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Sequence[Feature], list[Feature]]:
-    from minilm_fast.data.examples import read_examples
-    from minilm_fast.data.features import make_features
+def _train_features(args: argparse.Namespace, tokenizer: Tokenizer, world: World) -> FeatureStore:
+    """The training set; with a cache the first process builds it and all map it."""
+    from minilm_fast.data.feature_cache import build_cache, datasets_installed, open_cache
+    from minilm_fast.data.features import read_features
 
-    features = make_features(read_examples(args.train_file), tokenizer)
-    dev = list(read_examples(args.dev_file)) if args.dev_file else []
-    dev = dev[:: max(1, len(dev) // args.max_dev_examples)][: args.max_dev_examples]
-    return features, make_features(dev, tokenizer)
+    workers = args.preprocessing_num_workers
+    if workers is None:
+        large = args.train_file.is_file() and args.train_file.stat().st_size > _LARGE_FILE
+        workers = min(8, available_cores()) if large else 1
+    cache = args.cached_train_features_file
+    if cache is None:
+        if not datasets_installed() or not args.train_file.is_file():
+            return read_features(args.train_file, tokenizer, workers)
+        cache = args.output_dir / "cached_features_for_training.arrow"
+    world.on_main(lambda: build_cache(args.train_file, tokenizer, cache, num_proc=workers))
+    return open_cache(args.train_file, tokenizer, cache)
+
+
+def _dev_examples(args: argparse.Namespace) -> list[Example]:
+    from minilm_fast.data.examples import read_examples
+
+    examples = list(read_examples(args.dev_file)) if args.dev_file else []
+    return examples[:: max(1, len(examples) // args.max_dev_examples)][: args.max_dev_examples]
+
+
+def _generation(args: argparse.Namespace, examples: Sequence[Example]) -> Generation | None:
+    from minilm_fast.metrics import generation_scores
+    from minilm_fast.modeling.model import Model
+    from minilm_fast.training.generation import Generation, Source
+
+    if args.dev_task is None:
+        return None
+    if not examples:
+        raise UserError("--dev_task needs --dev_file")
+    chosen = examples[: args.max_dev_generate]
+    limits = {"max_tgt_length": args.max_target_seq_length, "pos_shift": args.mask_way == "v0"}
+    limits["max_seq_length"] = args.max_source_seq_length + args.max_target_seq_length
+
+    def decode(folder: Path, sources: Sequence[Source]) -> list[str]:
+        model = Model.from_pretrained(folder)
+        dtype = "bf16" if args.bf16 else "fp32"
+        return [result.text for result in model.generate(sources, dtype=dtype, beam_size=args.dev_beam_size, **limits)]
+
+    def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        return generation_scores(args.dev_task, predictions, references)
+
+    # Now, and not at the first checkpoint, is the time to find that a package is missing.
+    known = {"dev_loss", *(f"dev_{name}" for name in score(["a b c d"], [["a b c d"]]))}
+    if args.metric_for_best_model is not None and args.metric_for_best_model not in known:
+        raise UserError(f"--metric_for_best_model must be one of {', '.join(sorted(known))}")
+    references = [[e.target if isinstance(e.target, str) else " ".join(e.target)] for e in chosen]
+    return Generation([e.source for e in chosen], references, decode, score)
+
+
+def _best_metric(args: argparse.Namespace) -> str:
+    from minilm_fast.metrics import best_metric
+
+    if args.metric_for_best_model is not None:
+        return str(args.metric_for_best_model)
+    return "dev_loss" if args.dev_task is None else f"dev_{best_metric(args.dev_task)}"
 
 
 def _task_options(args: argparse.Namespace) -> Seq2SeqOptions:
@@ -123,8 +199,10 @@ def _task_options(args: argparse.Namespace) -> Seq2SeqOptions:
     from minilm_fast.training.seq2seq import Seq2SeqOptions
 
     masking = Masking(args.random_prob, args.keep_prob, args.source_mask_prob, args.target_mask_prob)
-    names = Seq2SeqOptions.__dataclass_fields__.keys() - {"masking"}
-    return Seq2SeqOptions(masking=masking, **{name: getattr(args, name) for name in names})
+    names = Seq2SeqOptions.__dataclass_fields__.keys() - {"masking", "pad_to_multiple_of"}
+    multiple = 64 if args.bf16 or args.fp16 else 1
+    values = {name: getattr(args, name) for name in names}
+    return Seq2SeqOptions(masking=masking, pad_to_multiple_of=multiple, **values)
 
 
 def _identity(args: argparse.Namespace) -> dict[str, Any]:
@@ -156,12 +234,11 @@ def make_trainer(args: argparse.Namespace, world: World | None = None) -> Traine
     """
     import torch
 
-    from minilm_fast.data.features import special_ids
+    from minilm_fast.data.features import make_features, special_ids
     from minilm_fast.training.distributed import World
     from minilm_fast.training.loop import Trainer
     from minilm_fast.training.seq2seq import Seq2SeqTask, steps_of_epochs
 
-    _check(args)
     world = world or World({}, cuda=not args.no_cuda)
     torch.manual_seed(args.seed)
     tokenizer, resolved = _tokenizer_and_weights(args)
@@ -169,44 +246,25 @@ def make_trainer(args: argparse.Namespace, world: World | None = None) -> Traine
     special = special_ids(tokenizer)
     if special.vocab_size > model.config.vocab_size:
         raise UserError(f"the vocabulary has {special.vocab_size} entries, the checkpoint {model.config.vocab_size}")
-    features, dev = _features(args, tokenizer)
+    dev = _dev_examples(args)
+    generation = _generation(args, dev)
+    features = _train_features(args, tokenizer, world)
     logger.info("%d training examples, %d dev examples", len(features), len(dev))
     identity = _identity(args) | {"train_file": _digest(args.train_file)}
-    task = Seq2SeqTask(model, tokenizer, special, features, dev, _task_options(args), world, identity)
+    dev_features = make_features(dev, tokenizer)
+    options = _task_options(args)
+    task = Seq2SeqTask(model, tokenizer, special, features, dev_features, options, world, identity, generation)
     steps = args.num_training_steps
     if steps <= 0:
         global_batch = args.per_gpu_train_batch_size * args.gradient_accumulation_steps * world.size
         steps = steps_of_epochs(len(features), args.num_training_epochs, global_batch)
-    return Trainer(task, loop_options(args, steps), args.output_dir, world)
+    loop = loop_options(args, total_steps=steps, metric_for_best_model=_best_metric(args))
+    return Trainer(task, loop, args.output_dir, world)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    trainer: Trainer | None = None
-
-    def run() -> None:
-        nonlocal trainer
-        from minilm_fast.training.distributed import World
-
-        _check(args)
-        world = World(local_rank=args.local_rank, cuda=not args.no_cuda)
-        logging.basicConfig(
-            level=logging.INFO if world.is_main else logging.ERROR,
-            format="%(asctime)s %(message)s",
-            datefmt="%H:%M:%S",
-            stream=sys.stderr,
-        )
-        world.connect()
-        trainer = make_trainer(args, world)
-        try:
-            trainer.prepare(overwrite=args.overwrite_output_dir)
-            trainer.train()
-        finally:
-            trainer.close()
-        world.close()
-
-    return guarded(run, lambda: trainer.hint() if trainer else "", "--per_gpu_train_batch_size")
+    return run_training(build_parser().parse_args(argv), make_trainer, _check)
 
 
 def _check(args: argparse.Namespace) -> None:

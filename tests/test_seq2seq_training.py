@@ -189,8 +189,8 @@ def test_training_lowers_the_dev_loss_and_saves_what_loads_back(tmp_path: Path) 
     loaded = checkpoint.load(out / "ckpt-40", for_training=True)
     assert not loaded.missing and not loaded.unexpected
     again = make_trainer(build_parser().parse_args(args))
-    again.prepare()
-    again.close()
+    with checkpointing.run_folder(again.world, out) as folder:
+        again.prepare(folder)
     assert again.step == 40
     assert _dev_loss(again) == pytest.approx(last["dev_loss"], rel=1e-6)
 

@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,7 @@ import torch
 
 from minilm_fast.atomic import atomic_write, remove_quietly, temporary_name
 from minilm_fast.errors import UserError
+from minilm_fast.training.distributed import World
 
 # The state before the latest is kept too, for the case that the latest turns out to be damaged.
 STATES_KEPT = 2
@@ -213,3 +215,19 @@ class RunFolder:
             _remove_folder(checkpoint_folder(self.path, step))
         for name in ("history.json", "best", "run.json"):
             remove_quietly(self.path / name)
+
+
+@contextmanager
+def run_folder(world: World, path: Path) -> Iterator[RunFolder | None]:
+    """The output folder, held by the first process during the block; the others get None.
+
+    Raises:
+        UserError: see :class:`RunFolder`; in every process.
+    """
+    held: list[RunFolder] = []
+    world.on_main(lambda: held.append(RunFolder(path)))
+    try:
+        yield held[0] if held else None
+    finally:
+        for folder in held:
+            folder.close()

@@ -67,7 +67,7 @@ class World(Group):
         devices = [self.device.index] if self.device.type == "cuda" else None
         with self.watching():
             return nn.parallel.DistributedDataParallel(
-                module, device_ids=devices, find_unused_parameters=find_unused_parameters, broadcast_buffers=False
+                module, device_ids=devices, find_unused_parameters=find_unused_parameters
             )
 
     def sum(self, tensor: Tensor) -> Tensor:

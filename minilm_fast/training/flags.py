@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minilm_fast.errors import UserError
 
@@ -74,7 +75,7 @@ def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     add("--save_steps", type=positive_int, default=1500)
     add("--save_total_limit", type=positive_int, help="keep this many checkpoints beside the best; default: all (new)")
     add("--overwrite_output_dir", action="store_true", help="remove the checkpoints of another run (new)")
-    add("--metric_for_best_model", default="dev_loss", help="measure that decides which checkpoint is best (new)")
+    add("--metric_for_best_model", help="measure that decides which checkpoint is best, such as dev_loss (new)")
 
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +96,8 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     add("--peak_tflops", type=positive_float, help="peak of one device in 1e12 operations a second; measured (new)")
 
 
-def loop_options(args: argparse.Namespace, total_steps: int) -> LoopOptions:
-    """The loop's options.
+def loop_options(args: argparse.Namespace, **values: Any) -> LoopOptions:
+    """The loop's options: the flags of these names, and ``values`` in place of them or beside them.
 
     Raises:
         UserError: flags contradict one another.
@@ -107,4 +108,9 @@ def loop_options(args: argparse.Namespace, total_steps: int) -> LoopOptions:
         raise UserError("--fp16 and --bf16 exclude one another")
     given = {name: getattr(args, name) for name in LoopOptions.__dataclass_fields__ if hasattr(args, name)}
     precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-    return LoopOptions(total_steps=total_steps, precision=precision, **given)
+    return LoopOptions(**({**given, "precision": precision} | values))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

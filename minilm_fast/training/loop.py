@@ -95,7 +95,6 @@ class Trainer:
         self.since_record = Meter()
         self.record: dict[str, float] = {}
         self.reporter: Reporter | None = None
-        self.folder: RunFolder | None = None
         self._data_state: Mapping[str, Any] = task.data_state()
         if world.rank:
             torch.manual_seed(options.seed + world.rank)
@@ -178,20 +177,20 @@ class Trainer:
             advice += ", or --bf16"
         raise UserError(f"step {self.step + 1}: {found}; {advice}")
 
-    def prepare(self, *, overwrite: bool = False) -> None:
+    def prepare(self, folder: RunFolder | None, *, overwrite: bool = False) -> None:
         """Claim the output folder and go on from its last whole checkpoint, if there is one.
 
         Args:
+            folder: held by the first process; None in the others.
             overwrite: remove the checkpoints of another run.
 
         Raises:
-            UserError: the folder cannot be written or is in use, it holds checkpoints of another run, or none of this
-                run's is whole.
+            UserError: the folder holds checkpoints of another run, or none of this run's is whole.
         """
 
         def claim() -> None:
-            self.folder = RunFolder(self.output_dir)
-            self.folder.claim(self.options.fingerprint() | self.task.fingerprint(), overwrite=overwrite)
+            if folder is not None:
+                folder.claim(self.options.fingerprint() | self.task.fingerprint(), overwrite=overwrite)
 
         self.world.on_main(claim)
         step = self.world.on_main(self._restore_latest)
@@ -325,14 +324,8 @@ class Trainer:
                 while self.step < self.options.total_steps:
                     self._train_and_save(signals)
         finally:
-            self.close()
-
-    def close(self) -> None:
-        """Finish the event file and let another run have the output folder."""
-        if self.reporter is not None:
-            self.reporter.close()
-        if self.folder is not None:
-            self.folder.close()
+            if self.reporter is not None:
+                self.reporter.close()
 
     def _start_reporter(self) -> None:
         options = self.options

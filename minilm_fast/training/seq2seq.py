@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minilm_fast import checkpoint
 from minilm_fast.data.batching import PackedBatch, collate
+from minilm_fast.data.features import FeatureStore
 from minilm_fast.data.masking import Feature, Masker, Masking, Sample, SpecialIds, make_masker
 from minilm_fast.data.orders import LengthGroupedBatches, sequential_batch
 from minilm_fast.errors import UserError
@@ -20,6 +22,7 @@ from minilm_fast.modeling.seq2seq import Seq2SeqModel
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.distributed import World
 from minilm_fast.training.flops import sequence_to_sequence_flops
+from minilm_fast.training.generation import Generation
 from minilm_fast.training.precision import Precision
 from minilm_fast.training.task import StepData
 
@@ -31,7 +34,11 @@ _EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class Seq2SeqOptions:
-    """Settings of the data; the names are those of the command line's flags."""
+    """Settings of the data; the names are those of the command line's flags.
+
+    Args:
+        pad_to_multiple_of: see :func:`minilm_fast.data.batching.collate`.
+    """
 
     max_source_seq_length: int = 464
     max_target_seq_length: int = 48
@@ -44,6 +51,7 @@ class Seq2SeqOptions:
     average_tokens_across_batches: bool = False
     seed: int = 42
     save_format: str = "both"
+    pad_to_multiple_of: int = 1
 
 
 def steps_of_epochs(examples: int, epochs: float, global_batch: int) -> int:
@@ -73,7 +81,7 @@ class Batches:
         self.grouped: LengthGroupedBatches | None = None
         self.across = options.average_tokens_across_batches
         if options.group_by_length:
-            lengths = [_length(masker, features[i]) for i in self.order]
+            lengths = _lengths(masker, features)[self.order].tolist()
             size = self.size * self.count if self.across else self.size
             if self.across and size > len(lengths):
                 raise UserError(
@@ -95,8 +103,14 @@ class Batches:
         return [[self.features[self.order[i]] for i in indices] for indices in self._indices(step)]
 
 
-def _length(masker: Masker, feature: Feature) -> int:
-    return sum(masker.segments(len(feature.source_ids), len(feature.target_ids)))
+def _lengths(masker: Masker, features: Sequence[Feature]) -> np.ndarray:
+    """Tokens of every feature's sample."""
+    if isinstance(features, FeatureStore):
+        source, target = features.lengths()
+    else:
+        source = np.array([len(feature.source_ids) for feature in features])
+        target = np.array([len(feature.target_ids) for feature in features])
+    return sum(masker.segments(source, target))
 
 
 class Seq2SeqTask:
@@ -105,6 +119,7 @@ class Seq2SeqTask:
     Args:
         features: the training set.
         dev_features: if not empty, their loss is measured at every checkpoint.
+        generation: if given, its scores too.
         identity: what the run is known by beside ``options``: plain values by the name of their flag.
         world: all its processes draw the same samples, and each keeps its share.
     """
@@ -121,6 +136,7 @@ class Seq2SeqTask:
         options: Seq2SeqOptions,
         world: World,
         identity: Mapping[str, Any] | None = None,
+        generation: Generation | None = None,
     ) -> None:
         self.module = model
         self.tokenizer = tokenizer
@@ -129,6 +145,7 @@ class Seq2SeqTask:
         self.options = options
         self.world = world
         self.identity = dict(identity or {})
+        self.generation = generation
         self.rng = random.Random(options.seed)
         self.masker = self._masker(options.masking, self.rng)
         self.batches = Batches(features, self.masker, options, world.size, self.rng)
@@ -171,12 +188,15 @@ class Seq2SeqTask:
         predicted = sum(len(s.labels) for batch in samples for s in batch)
         normalizer = predicted + _EPSILON if self.options.average_tokens_across_batches else None
         return StepData(
-            batches=[collate(batch) for batch in samples[self.world.rank :: self.world.size]],
+            batches=[self._collate(batch) for batch in samples[self.world.rank :: self.world.size]],
             normalizer=normalizer,
             tokens=sum(map(sum, counts)),
             flops=sequence_to_sequence_flops(self.module.config, counts, predicted),
             state=self.data_state(),
         )
+
+    def _collate(self, samples: list[Sample]) -> PackedBatch:
+        return collate(samples, self.options.pad_to_multiple_of)
 
     def data_state(self) -> dict[str, Any]:
         """See :class:`minilm_fast.training.task.Task`."""
@@ -190,7 +210,8 @@ class Seq2SeqTask:
 
     def evaluate(self, world: World, precision: Precision, weights: Path) -> dict[str, float]:
         """See :class:`minilm_fast.training.task.Task`."""
-        return {"dev_loss": self.dev_loss(precision)} if len(self.dev_features) else {}
+        measures = {"dev_loss": self.dev_loss(precision)} if len(self.dev_features) else {}
+        return measures | (self.generation.measure(world, weights) if self.generation is not None else {})
 
     @torch.no_grad()
     def dev_loss(self, precision: Precision) -> float:
@@ -201,7 +222,7 @@ class Seq2SeqTask:
         """
         share = self.options.masking.target_mask_prob if self.options.mask_way == "v1" else -1.0
         masker = self._masker(Masking(0.0, 0.0, -1.0, share), random.Random(0))
-        ordered = sorted(self.dev_features, key=lambda feature: _length(masker, feature))
+        ordered = [self.dev_features[i] for i in _lengths(masker, self.dev_features).argsort(kind="stable")]
         size = self.options.per_gpu_train_batch_size
         batches = [[masker(f) for f in ordered[start : start + size]] for start in range(0, len(ordered), size)]
         was_training = self.module.training
@@ -214,7 +235,7 @@ class Seq2SeqTask:
         return loss / rows
 
     def _summed_loss(self, samples: list[Sample], precision: Precision) -> torch.Tensor:
-        batch: PackedBatch = collate(samples).to(self.world.device)
+        batch = self._collate(samples).to(self.world.device)
         with precision.autocast():
             loss = self.module(batch, 1.0)
         return torch.stack([loss.double(), batch.weights.sum().double()])
