@@ -17,7 +17,6 @@ from minilm_fast.data.batching import collate
 from minilm_fast.data.examples import Example, read_examples
 from minilm_fast.data.features import make_features, read_features, special_ids
 from minilm_fast.data.masking import Feature, Masking, Sample, make_masker
-from minilm_fast.data.orders import LengthGroupedBatches, sequential_batch
 from minilm_fast.errors import UserError
 from minilm_fast.tokenization import Tokenizer
 
@@ -265,27 +264,3 @@ def test_collate_fills_up_to_a_multiple(multiple: int, last: int) -> None:
     assert filled.weights.sum() == plain.weights.sum() == 4
     idle = filled.predicted[filled.weights == 0]
     assert (idle >= plain.layout.total_queries).all() and (idle < filled.layout.total_queries).all()
-
-
-def test_sequential_batches_go_round() -> None:
-    assert [sequential_batch(n, 3, 5) for n in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
-
-
-def test_grouped_batches_cover_an_epoch_once_with_little_padding() -> None:
-    rng = random.Random(3)
-    lengths = [rng.randint(10, 400) for _ in range(1000)]
-    batches = LengthGroupedBatches(lengths, 8, seed=1)
-    epoch = [batches[n] for n in range(125)]
-    assert sorted(i for batch in epoch for i in batch) == list(range(1000))
-    assert [batches[n] for n in range(125, 250)] != epoch
-    assert [LengthGroupedBatches(lengths, 8, seed=1)[n] for n in (200, 3)] == [batches[200], batches[3]]
-    assert LengthGroupedBatches(lengths, 8, seed=2)[0] != epoch[0]
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in epoch)
-    assert padded < 1.03 * sum(lengths)
-    first_lengths = [lengths[batch[0]] for batch in epoch]
-    assert first_lengths != sorted(first_lengths)
-
-
-def test_grouped_batches_of_fewer_examples_than_a_batch() -> None:
-    batches = LengthGroupedBatches([5, 3, 4], 8, seed=0)
-    assert sorted(batches[0]) == sorted(batches[7]) == [0, 1, 2]

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Raise this when the content of the file changes, or the tokens that a text gives.
 _FORMAT = 1
+# Another one is needed only if the trailer itself changes.
 _MAGIC = b"MLFFEAT1"
 _TAIL = struct.Struct("<32sQ8s")
 _ARROW_START = b"\xff\xff\xff\xff"
