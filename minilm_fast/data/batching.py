@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minilm_fast.data.pseudo_masking import Sample
+from minilm_fast.data.masking import Sample
 from minilm_fast.ops.layout import SequenceLayout
 
 
