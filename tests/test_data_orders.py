@@ -39,6 +39,10 @@ def _epoch(order: BatchOrder, epoch: int) -> list[list[int]]:
     return [order[n] for n in range(order.batches_in(epoch), order.batches_in(epoch + 1))]
 
 
+def _stream(order: BatchOrder, epochs: int) -> list[int]:
+    return list(itertools.chain(*(order[n] for n in range(order.batches_in(epochs)))))
+
+
 def test_sequential_batches_go_round() -> None:
     order = SequentialBatches(5, 3)
     expected = [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
@@ -48,12 +52,12 @@ def test_sequential_batches_go_round() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_is_once_in_every_epoch(name: str) -> None:
-    order = _orders()[name]
-    epochs = [_epoch(order, epoch) for epoch in range(4)]
-    for batches in epochs:
-        assert sorted(itertools.chain(*batches)) == list(range(len(LENGTHS)))
+    stream, size = _stream(_orders()[name], 5), len(LENGTHS)
+    epochs = [stream[start : start + size] for start in range(0, 5 * size, size)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(size))
     assert epochs[0] != epochs[1]
-    assert _epoch(_orders(seed=2)[name], 0) != epochs[0]
+    assert _stream(_orders(seed=2)[name], 1)[:size] != epochs[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,8 +72,8 @@ def test_a_batch_depends_on_seed_and_number_only(name: str) -> None:
 
 def test_orders_do_not_change_from_version_to_version() -> None:
     lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
-    grouped, budget = LengthGroupedBatches(lengths, 3, 5, 2), TokenBudgetBatches(lengths, 15, 5, 2)
-    assert [grouped[n] for n in range(4)] == [[8, 7, 5], [1, 6, 2], [11, 10, 4], [9, 0, 3]]
+    grouped, budget = LengthGroupedBatches(lengths, 5, 5, 1), TokenBudgetBatches(lengths, 15, 5, 2)
+    assert [grouped[n] for n in range(4)] == [[1, 8, 4, 11, 5], [3, 6, 0, 10, 7], [9, 2, 1, 10, 4], [6, 9, 0, 2, 5]]
     assert [budget[n] for n in range(4)] == [[2, 9, 1], [8, 7], [5], [11, 4]]
 
 
@@ -86,21 +90,25 @@ def test_ranks_share_the_batches_of_one_process(name: str) -> None:
     assert alone.batches_in(2) < len(together)
 
 
-def test_grouped_batches_have_about_equal_lengths_and_sizes() -> None:
+def test_grouped_batches_are_full_and_of_about_equal_lengths() -> None:
     order = LengthGroupedBatches(LENGTHS, 8, seed=1)
-    assert order.batches_in(3) == 3 * 126
-    batches = _epoch(order, 0)
-    assert {len(batch) for batch in batches} == {7, 8}
-    padded = sum(len(batch) * LENGTHS[batch].max() for batch in batches)
-    assert padded < 1.04 * LENGTHS.sum()
-    first_lengths = [LENGTHS[batch[0]] for batch in batches]
+    assert [order.batches_in(epochs) for epochs in (1, 2, 8)] == [126, 251, 1003]
+    batches = [order[n] for n in range(1003)]
+    assert {len(batch) for batch in batches} == {8}
+    spread = np.array([np.ptp(LENGTHS[batch]) for batch in batches])
+    assert (spread > 40).sum() <= 20, "the batches between two epochs and the longest of a short stretch"
+    assert np.median(spread) < 10
+    first_lengths = [LENGTHS[batch[0]] for batch in batches[:125]]
     assert first_lengths != sorted(first_lengths)
 
 
-def test_grouped_batches_of_fewer_examples_than_a_batch() -> None:
-    order = LengthGroupedBatches([5, 3, 4], 8, seed=0)
-    assert sorted(order[0]) == sorted(order[7]) == [0, 1, 2]
-    assert LengthGroupedBatches([5], 8, seed=0)[2] == [0]
+@pytest.mark.parametrize("examples", [1, 2, 3, 7, 8, 9, 15, 16, 17])
+def test_grouped_batches_of_few_examples(examples: int) -> None:
+    order = LengthGroupedBatches(LENGTHS[:examples], 8, seed=0)
+    stream = list(itertools.chain(*(order[n] for n in range(order.batches_in(9)))))
+    for start in range(0, 9 * examples, examples):
+        assert sorted(stream[start : start + examples]) == list(range(examples))
+    assert {len(order[n]) for n in range(9)} == {8}
 
 
 @pytest.mark.parametrize("name", ["budget", "budget-unsorted"])
@@ -126,22 +134,24 @@ def test_a_constant_normaliser_gives_every_label_the_same_weight(name: str) -> N
     order = _orders()[name]
     constant = mean_predictions(order, predictions)
     weights = np.zeros(len(LENGTHS))
-    batches = _epoch(order, 0)
+    # Eight epochs: those of the full batches end where an epoch ends.
+    batches = [order[n] for n in range(order.batches_in(8))]
     for batch in batches:
         # What the mean over batches of sum(losses) / constant does to each label.
-        weights[batch] += 1 / constant / len(batches)
-    np.testing.assert_allclose(weights, 1 / predictions.sum(), rtol=1e-12)
+        np.add.at(weights, batch, 1 / constant / len(batches))
+    np.testing.assert_allclose(weights, weights.mean(), rtol=1e-12)
+    assert weights.mean() == pytest.approx(1 / predictions.sum(), rel=1e-12 if name == "grouped" else 0.01)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_short_batches_favour_no_length(name: str) -> None:
+def test_sizes_of_batches_and_the_weight_of_an_example(name: str) -> None:
     # Without regard to the labels: with one label an example, only the sizes of the batches can make a difference.
     order = _orders(LENGTHS[:99])[name]
     ones = np.ones(99)
-    weights = label_weights((order[n] for n in range(order.batches_in(1500))), ones)
+    weights = label_weights((order[n] for n in range(order.batches_in(1600))), ones)
     assert weights.mean() == pytest.approx(1.0)
     if name == "grouped":
-        assert weights == pytest.approx(ones, abs=0.01)
+        assert weights == pytest.approx(ones, rel=1e-12)
         return
     # A budget of tokens takes more short examples into a batch than long ones, with and without sorting.
     by_length = np.argsort(LENGTHS[:99])

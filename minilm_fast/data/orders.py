@@ -27,6 +27,9 @@ class BatchOrder(Protocol):
     def batches_in(self, epochs: int) -> int:
         """How many batches the first ``epochs`` epochs take."""
 
+    def mean_size(self) -> float:
+        """Mean number of examples in a batch."""
+
 
 def batch_number(step: int, micro_batch: int, accumulation: int, rank: int = 0, world_size: int = 1) -> int:
     """Number of the batch that a rank works on.
@@ -60,104 +63,92 @@ class SequentialBatches:
         """Batches until every example was used ``epochs`` times."""
         return math.ceil(self.examples * epochs / self.batch_size)
 
-
-class _EpochBatches:
-    """Batches that are drawn anew for every epoch, which goes through all examples once."""
-
-    def __init__(self, lengths: Sequence[int] | np.ndarray, seed: int) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        if not len(self.lengths):
-            raise ValueError("there are no examples to put in order")
-        self.seed = seed
-        self._starts = [0]
-        self._epoch = -1
-        self._order = self._bounds = self._turns = np.zeros(0, dtype=np.int64)
-
-    def __getitem__(self, number: int) -> list[int]:
-        while self._starts[-1] <= number:
-            self._starts.append(self._starts[-1] + self._count(len(self._starts) - 1))
-        epoch = bisect.bisect_right(self._starts, number) - 1
-        self._load(epoch)
-        batch = self._turns[number - self._starts[epoch]]
-        return self._order[self._bounds[batch] : self._bounds[batch + 1]].tolist()
-
-    def batches_in(self, epochs: int) -> int:
-        """How many batches the first ``epochs`` epochs take."""
-        while len(self._starts) <= epochs:
-            self._starts.append(self._starts[-1] + self._count(len(self._starts) - 1))
-        return self._starts[epochs]
-
-    def _count(self, epoch: int) -> int:
-        self._load(epoch)
-        return len(self._turns)
-
-    def _load(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-        # The one generator whose streams numpy keeps as they are from version to version.
-        rng = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
-        self._order, self._bounds = self._draw(rng)
-        self._turns = rng.permutation(len(self._bounds) - 1)
-        self._epoch = epoch
-
-    def _draw(self, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-        """The examples of an epoch in order, and the ``batches + 1`` places at which batches begin and end."""
-        raise NotImplementedError
-
-    def _by_length(self, rng: np.random.RandomState, groups: int) -> np.ndarray:
-        """Shuffled examples, sorted within ``groups`` stretches and begun at a random place of the round.
-
-        Stretches go upwards and downwards in turn, so neighbours have about equal lengths throughout. As every
-        example is as likely at any place, chance alone decides which batch is smaller than the others.
-        """
-        order = rng.permutation(len(self.lengths))
-        stretches = np.array_split(order, groups)
-        for i, stretch in enumerate(stretches):
-            stretch[:] = stretch[np.argsort(self.lengths[stretch], kind="stable")][:: 1 - 2 * (i % 2)]
-        return np.roll(order, -rng.randint(len(order)))
+    def mean_size(self) -> float:
+        """Every batch is full."""
+        return float(self.batch_size)
 
 
-def _sums(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes)])
+def _random(seed: int, epoch: int) -> np.random.RandomState:
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    # The one generator whose streams numpy keeps as they are from version to version.
+    return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
 
-class LengthGroupedBatches(_EpochBatches):
-    """Batches of equally many examples of about equal lengths.
+def _checked(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    if not len(lengths):
+        raise ValueError("there are no examples to put in order")
+    return np.asarray(lengths, dtype=np.int64)
 
-    Each epoch shuffles the examples, sorts stretches of about ``batches_per_group`` batches by length, cuts the round
-    into batches and shuffles these. Every example is in exactly one batch of an epoch. Sizes that do not come out even
-    differ by one, and chance alone decides who is in a smaller batch, so no length is favoured.
+
+class LengthGroupedBatches:
+    """Full batches of about equal lengths.
+
+    Each epoch shuffles the examples, sorts each stretch of ``batches_per_group`` batches by length, cuts it into
+    batches and shuffles these. Every example comes once in every epoch. The batch in which an epoch ends is filled
+    up from the next one; it holds random examples of both, unsorted. As all batches are full and chance alone decides
+    who is where, no length is favoured.
 
     Args:
         lengths: tokens of every example.
-        batch_size: most examples in a batch.
+        batch_size: examples in a batch.
     """
 
     def __init__(
         self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, batches_per_group: int = 64
     ) -> None:
-        super().__init__(lengths, seed)
-        self.batches = math.ceil(len(self.lengths) / batch_size)
-        self.batches_per_group = batches_per_group
+        self.lengths = _checked(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.group = batch_size * batches_per_group
+        self._epoch = -1
+        self._order = np.zeros(0, dtype=np.int64)
 
-    def _count(self, epoch: int) -> int:
-        return self.batches
+    def __getitem__(self, number: int) -> list[int]:
+        examples, start, stop = len(self.lengths), number * self.batch_size, (number + 1) * self.batch_size
+        found: list[int] = []
+        while start < stop:
+            epoch, place = divmod(start, examples)
+            part = self._load(epoch)[place : place + stop - start]
+            found += part.tolist()
+            start += len(part)
+        return found
 
-    def _draw(self, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-        size, larger = divmod(len(self.lengths), self.batches)
-        sizes = np.full(self.batches, size)
-        sizes[:larger] += 1
-        rng.shuffle(sizes)
-        groups = math.ceil(self.batches / self.batches_per_group)
-        return self._by_length(rng, groups), _sums(sizes)
+    def batches_in(self, epochs: int) -> int:
+        """Batches until every example was used ``epochs`` times."""
+        return math.ceil(len(self.lengths) * epochs / self.batch_size)
+
+    def mean_size(self) -> float:
+        """Every batch is full."""
+        return float(self.batch_size)
+
+    def _load(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._draw(epoch)
+        return self._order
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        """The examples of an epoch in order."""
+        rng, examples, size = _random(self.seed, epoch), len(self.lengths), self.batch_size
+        order = rng.permutation(examples)
+        # Batches that are of this epoch alone begin and end here.
+        first, last = -examples * epoch % size, examples - examples * (epoch + 1) % size
+        if first < last:
+            whole = order[first:last]
+            for start in range(0, len(whole), self.group):
+                stretch = whole[start : start + self.group]
+                stretch[:] = stretch[np.argsort(self.lengths[stretch], kind="stable")]
+            batches = whole.reshape(-1, size)
+            batches[:] = batches[rng.permutation(len(batches))]
+        return order
 
 
-class TokenBudgetBatches(_EpochBatches):
+class TokenBudgetBatches:
     """Batches of as many examples as fit into a number of tokens.
 
-    As :class:`LengthGroupedBatches`, but the round is cut into batches that are as full as they can be; only the last
-    one is smaller. How many batches an epoch has varies a little.
+    Each epoch shuffles the examples and sorts stretches of about ``batches_per_group`` batches by length, upwards and
+    downwards in turn, so that neighbours have about equal lengths throughout. From a random place on, the round is cut
+    into batches that are as full as they can be, and these are shuffled. Every example is in exactly one batch of an
+    epoch. Only one batch of an epoch is smaller; how many there are varies a little.
 
     Args:
         lengths: tokens of every example, as it is packed.
@@ -176,33 +167,72 @@ class TokenBudgetBatches(_EpochBatches):
         batches_per_group: int = 64,
         by_length: bool = True,
     ) -> None:
-        super().__init__(lengths, seed)
+        self.lengths = _checked(lengths)
         longest = int(self.lengths.max())
         if longest > max_tokens:
             raise UserError(f"--max_tokens {max_tokens} is too small: the longest example has {longest} tokens")
         self.max_tokens = max_tokens
+        self.seed = seed
         self.groups = math.ceil(int(self.lengths.sum()) / (batches_per_group * max_tokens))
         self.by_length = by_length
+        self._starts = [0]
+        self._epoch = -1
+        self._order = self._bounds = self._turns = np.zeros(0, dtype=np.int64)
 
-    def _draw(self, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-        order = self._by_length(rng, self.groups) if self.by_length else rng.permutation(len(self.lengths))
-        places = _sums(self.lengths[order]).tolist()
+    def __getitem__(self, number: int) -> list[int]:
+        while self._starts[-1] <= number:
+            self._append_epoch()
+        epoch = bisect.bisect_right(self._starts, number) - 1
+        self._load(epoch)
+        batch = self._turns[number - self._starts[epoch]]
+        return self._order[self._bounds[batch] : self._bounds[batch + 1]].tolist()
+
+    def batches_in(self, epochs: int) -> int:
+        """How many batches the first ``epochs`` epochs take; draws these epochs."""
+        while len(self._starts) <= epochs:
+            self._append_epoch()
+        return self._starts[epochs]
+
+    def mean_size(self) -> float:
+        """Mean number of examples in a batch of the first epoch."""
+        return len(self.lengths) / self.batches_in(1)
+
+    def _append_epoch(self) -> None:
+        self._load(len(self._starts) - 1)
+        self._starts.append(self._starts[-1] + len(self._turns))
+
+    def _load(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        rng = _random(self.seed, epoch)
+        self._order = self._draw(rng)
+        places = np.concatenate([[0], np.cumsum(self.lengths[self._order])]).tolist()
         bounds = [0]
-        while bounds[-1] < len(order):
+        while bounds[-1] < len(self._order):
             bounds.append(bisect.bisect_right(places, places[bounds[-1]] + self.max_tokens) - 1)
-        return order, np.asarray(bounds)
+        self._bounds, self._turns = np.asarray(bounds), rng.permutation(len(bounds) - 1)
+        self._epoch = epoch
+
+    def _draw(self, rng: np.random.RandomState) -> np.ndarray:
+        order = rng.permutation(len(self.lengths))
+        if not self.by_length:
+            return order
+        for i, stretch in enumerate(np.array_split(order, self.groups)):
+            stretch[:] = stretch[np.argsort(self.lengths[stretch], kind="stable")][:: 1 - 2 * (i % 2)]
+        # The batch that is left over at the end must not be the one of the longest examples every time.
+        return np.roll(order, -rng.randint(len(order)))
 
 
 def mean_predictions(order: BatchOrder, predictions: np.ndarray) -> float:
-    """Mean number of labels in a batch of the first epoch.
+    """Mean number of labels in a batch.
 
     The sum of a batch's losses divided by this constant, in place of the batch's own number of labels, gives every
-    label of the data the same weight in an epoch, whatever the order.
+    label of the data the same weight, whatever the order.
 
     Args:
         predictions: number of labels of every example.
     """
-    return float(predictions.sum()) / order.batches_in(1)
+    return float(predictions.mean()) * order.mean_size()
 
 
 def label_weights(batches: Iterable[Sequence[int]], predictions: np.ndarray) -> np.ndarray:
