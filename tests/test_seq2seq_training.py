@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from training_files import GOLDENS, NO_DROPOUT, RUN, arguments, copy_model, golden, write_examples
 
 from minilm_fast import checkpoint
 from minilm_fast.data.masking import Feature
@@ -23,12 +23,6 @@ from minilm_fast.training.loop import Trainer
 from minilm_fast.training.optimizer import AdamW, linear_schedule, parameter_groups
 from minilm_fast.training.reporting import StepReport
 from minilm_fast.training.seq2seq import Seq2SeqTask
-
-GOLDENS = Path(__file__).parent / "goldens"
-
-
-def _golden(name: str) -> Any:
-    return json.loads((GOLDENS / "train" / name).read_text())
 
 
 def _model(case: dict) -> Seq2SeqModel:
@@ -75,52 +69,11 @@ def test_linear_schedule() -> None:
     assert linear_schedule(0, 0, 4) == 1
 
 
-def _tokenized_inputs(path: Path) -> Path:
-    """The tiny model's inputs as token ids' own words, so that nothing depends on a text tokenizer."""
-    features = _golden("dataset.json")["features"]
-    vocabulary = (GOLDENS / "tiny" / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    with open(path, "w", encoding="utf-8") as file:
-        for feature in features:
-            words = {key: [vocabulary[i] for i in feature[f"{key}_ids"]] for key in ("source", "target")}
-            if words["target"]:
-                file.write(json.dumps({"src": words["source"], "tgt": words["target"]}) + "\n")
-    return path
-
-
-def _copy_model(folder: Path, name: str = "tiny", **changes: object) -> Path:
-    folder.mkdir(parents=True)
-    source = GOLDENS / name
-    config = json.loads((source / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    for file in ("model.safetensors", "vocab.txt"):
-        shutil.copy(source / file, folder / file)
-    return folder
-
-
-def _arguments(tmp_path: Path, model: Path, **flags: object) -> list[str]:
-    flags = {
-        "train_file": tmp_path / "train.jsonl",
-        "model_type": "bert",
-        "model_name_or_path": model,
-        "output_dir": tmp_path / "out",
-        "do_lower_case": True,
-    } | flags
-    if not (tmp_path / "train.jsonl").exists():
-        _tokenized_inputs(tmp_path / "train.jsonl")
-    words = []
-    for name, value in flags.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
-
-
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-@pytest.mark.parametrize("case", _golden("trajectories.json"), ids=lambda c: c["name"])
+@pytest.mark.parametrize("case", golden("trajectories.json"), ids=lambda c: c["name"])
 def test_whole_runs_follow_the_original(case: dict, tmp_path: Path) -> None:
-    model = _copy_model(tmp_path / "model", case["model"], **NO_DROPOUT)
+    model = copy_model(tmp_path / "model", case["model"], **NO_DROPOUT)
     flags = {name: value for name, value in case["cli_args"].items() if name != "model_type"}
-    args = build_parser().parse_args(_arguments(tmp_path, model, **flags))
+    args = build_parser().parse_args(arguments(tmp_path, model, **flags))
     trainer = make_trainer(args)
     # The original trains on examples without a target, which the command line refuses.
     trainer = _with_features(args, trainer)
@@ -137,32 +90,21 @@ def test_whole_runs_follow_the_original(case: dict, tmp_path: Path) -> None:
 
 
 def _with_features(args: argparse.Namespace, trainer: Trainer) -> Trainer:
-    features = [Feature(**feature) for feature in _golden("dataset.json")["features"]]
+    features = [Feature(**feature) for feature in golden("dataset.json")["features"]]
     old = trainer.task
     task = Seq2SeqTask(old.module, old.tokenizer, old.special, features, [], old.options, trainer.world)
     return Trainer(task, trainer.options, args.output_dir, trainer.world)
 
 
-RUN = {
-    "num_training_steps": 6,
-    "per_gpu_train_batch_size": 4,
-    "max_source_seq_length": 24,
-    "max_target_seq_length": 10,
-    "learning_rate": 1e-3,
-    "logging_steps": 2,
-    "save_steps": 3,
-}
-
-
 @pytest.mark.parametrize("extra", [{}, {"group_by_length": True, "bf16": True}], ids=["plain", "grouped-bf16"])
 def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, extra: dict) -> None:
-    model = _copy_model(tmp_path / "model")
+    model = copy_model(tmp_path / "model")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(_arguments(tmp_path, model, **RUN, **extra, output_dir=whole)) == 0
-    assert main(_arguments(tmp_path, model, **RUN, **extra, output_dir=broken)) == 0
+    assert main(arguments(tmp_path, model, **RUN, **extra, output_dir=whole)) == 0
+    assert main(arguments(tmp_path, model, **RUN, **extra, output_dir=broken)) == 0
     shutil.rmtree(broken / "ckpt-6")
     assert checkpointing.latest_step(broken) == 3
-    assert main(_arguments(tmp_path, model, **RUN, **extra, output_dir=broken)) == 0
+    assert main(arguments(tmp_path, model, **RUN, **extra, output_dir=broken)) == 0
     first, second = (checkpoint.load(folder / "ckpt-6").state for folder in (whole, broken))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -171,10 +113,10 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, extra: dict) -> 
 
 
 def test_training_lowers_the_dev_loss_and_saves_what_loads_back(tmp_path: Path) -> None:
-    model = _copy_model(tmp_path / "model", **NO_DROPOUT)
-    dev = _tokenized_inputs(tmp_path / "dev.jsonl")
+    model = copy_model(tmp_path / "model", **NO_DROPOUT)
+    dev = write_examples(tmp_path / "dev.jsonl")
     flags = RUN | {"num_training_steps": 40, "save_steps": 20, "dev_file": dev, "learning_rate": 3e-3}
-    args = _arguments(tmp_path, model, **flags)
+    args = arguments(tmp_path, model, **flags)
     before = _dev_loss(make_trainer(build_parser().parse_args(args)))
     assert main(args) == 0
     out = tmp_path / "out"
@@ -216,16 +158,16 @@ def test_bad_input_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: dict, content: str, message: str
 ) -> None:
     (tmp_path / "train.jsonl").write_text(content)
-    model = _copy_model(tmp_path / "model")
-    assert main(_arguments(tmp_path, model, **({"num_training_steps": 1} | flags))) == 2
+    model = copy_model(tmp_path / "model")
+    assert main(arguments(tmp_path, model, **({"num_training_steps": 1} | flags))) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert not list((tmp_path / "out").glob("ckpt-*"))
 
 
 def test_broken_training_state_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = _copy_model(tmp_path / "model")
-    args = _arguments(tmp_path, model, **(RUN | {"num_training_steps": 3}))
+    model = copy_model(tmp_path / "model")
+    args = arguments(tmp_path, model, **(RUN | {"num_training_steps": 3}))
     assert main(args) == 0
     state = tmp_path / "out" / "optim.3.bin"
     state.write_bytes(state.read_bytes()[:1000])
@@ -235,8 +177,8 @@ def test_broken_training_state_is_named(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_output_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    model = _copy_model(tmp_path / "model")
-    assert main(_arguments(tmp_path, model, output_dir=tmp_path / "file" / "out")) == 2
+    model = copy_model(tmp_path / "model")
+    assert main(arguments(tmp_path, model, output_dir=tmp_path / "file" / "out")) == 2
     assert "--output_dir" in capsys.readouterr().err
 
 
@@ -273,6 +215,6 @@ def test_interrupted_run_says_how_to_go_on(
         return step(trainer, signal)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
-    model = _copy_model(tmp_path / "model")
-    assert main(_arguments(tmp_path, model, **RUN)) == 130
+    model = copy_model(tmp_path / "model")
+    assert main(arguments(tmp_path, model, **RUN)) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted; the same command goes on after step 3"
