@@ -1,0 +1,7 @@
+#include "loss_kernel.h"
+
+namespace minilm_fast::loss {
+
+const Kernels kAvx512 = {reduce, gradient, transpose, pack};
+
+}  // namespace minilm_fast::loss
