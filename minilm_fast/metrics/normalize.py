@@ -67,10 +67,7 @@ def fix_tokenization(text: str, style: Style) -> str:
 
     ``don ' t`` becomes ``do n't``, ``3 . 5`` becomes ``3.5``, and what ``style`` asks for.
     """
-    fixed = " ".join(_Joiner(text.split(), style).run())
-    for char, written in style.escapes.items():
-        fixed = fixed.replace(char, f" {written} ")
-    return " ".join(fixed.split())
+    return _escape(" ".join(_Joiner(text.split(), style).run()), style)
 
 
 class _Joiner:
@@ -149,14 +146,12 @@ class _Joiner:
         return 2
 
     def _initials(self, token: str) -> int:
-        """``U . N .`` becomes ``U.N. .``: like the scripts, it passes over two tokens only."""
-        if token != "." or not _is_initial(self._last):
+        """``U . N .`` becomes ``U.N. .`` and ``U . S . A .`` ``U.S. . A .``: so the scripts count their tokens."""
+        if not (token == "." == self._ahead(2) and _is_initial(self._last) and _is_initial(self._ahead(1))):
             return 0
-        end = 1
-        while _is_initial(self._ahead(end)) and self._ahead(end + 1) == ".":
+        end = 3
+        while _is_initial(self._ahead(end + 1)) and self._ahead(end + 2) == ".":
             end += 2
-        if end == 1:
-            return 0
         self.out[-1] += "".join(self.tokens[self.place : self.place + end])
         return 2
 
@@ -241,9 +236,13 @@ def gold_sentences(text: str) -> str:
 
 def write_brackets(text: str) -> str:
     """Round and square brackets as the official references write them, for references in raw text."""
-    for char, written in CNNDM.escapes.items():
+    return "\n".join(_escape(line, CNNDM) for line in text.split("\n"))
+
+
+def _escape(text: str, style: Style) -> str:
+    for char, written in style.escapes.items():
         text = text.replace(char, f" {written} ")
-    return text
+    return " ".join(text.split())
 
 
 def nqg_question(text: str) -> str:

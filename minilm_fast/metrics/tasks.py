@@ -76,9 +76,8 @@ def summary_reference(task: str, text: str, raw: bool) -> str:
         raw: it has not been through the tokenisation of the official references, so brackets are yet to be written
             ``-LRB-`` and so on, which are words to ROUGE.
     """
-    if raw and task != "gigaword":
-        text = normalize.write_brackets(text)
-    return normalize.gold_sentences(text) if task == "cnndm" else " ".join(text.split())
+    text = normalize.gold_sentences(text) if task == "cnndm" else " ".join(text.split())
+    return normalize.write_brackets(text) if raw and task != "gigaword" else text
 
 
 def question_texts(
