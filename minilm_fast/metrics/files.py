@@ -94,7 +94,8 @@ def find_predictions(patterns: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        names = [pattern] if os.path.isfile(pattern) else [name for name in glob.glob(pattern) if _is_prediction(name)]
+        literal = os.path.exists(pattern) and not os.path.isdir(pattern)
+        names = [pattern] if literal else [name for name in glob.glob(pattern) if _is_prediction(name)]
         if not names:
             raise UserError(f"--pred {pattern}: there is no such file")
         found += sorted(names, key=_by_numbers)
