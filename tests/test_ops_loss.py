@@ -47,7 +47,7 @@ def eager_bf16(
     return reference.label_smoothed_cross_entropy(logits, unit, torch.zeros_like(bias), labels, smoothing)
 
 
-SIZES = [(1, 20, 50), (40, 1, 33), (7, 3, 17), (70, 17, 1000), (33, 384, 301), (3, 1000, 128), (600, 40, 130)]
+SIZES = [(1, 20, 50), (7, 3, 17), (70, 17, 1000), (33, 384, 301), (3, 1000, 128), (600, 40, 130)]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -93,8 +93,9 @@ def test_smallest_case(smoothing: float) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_vocabulary_of_several_chunks(isa: str, dtype: torch.dtype) -> None:
-    inputs, labels, upstream = case(40, 16, 9001, dtype)
+@pytest.mark.parametrize(("rows", "channels", "vocabulary"), [(40, 16, 9001), (40, 1, 33)])
+def test_many_words_and_one_channel(isa: str, dtype: torch.dtype, rows: int, channels: int, vocabulary: int) -> None:
+    inputs, labels, upstream = case(rows, channels, vocabulary, dtype)
     with instruction_set(isa):
         ours = gradients(ops.label_smoothed_cross_entropy, inputs, labels, 0.1, upstream)
     exact = gradients(reference.label_smoothed_cross_entropy, wide(*inputs), labels, 0.1, upstream.double())
