@@ -210,10 +210,16 @@ def test_parallel_tokenisation_gives_the_same_in_the_same_order(tmp_path: Path, 
     assert store.counts == read_features(path, tokenizer).counts
 
 
-def test_tokens_that_the_vocabulary_lacks_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_tokens_that_the_vocabulary_lacks_are_counted(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     path = _write(tmp_path / "a.jsonl", '{"src": ["the", "nowhere"], "tgt": ["the"]}', '{"src": "", "tgt": "\u9f98"}')
     counts = read_features(path, tokenizer).counts
     assert (counts.tokens, counts.unknown) == (4, 2)
+    assert "50% of the tokens are not in the vocabulary" in caplog.text
+    caplog.clear()
+    read_features(_write(path, '{"src": ["the", "the"], "tgt": ["the"]}'), tokenizer)
+    assert not caplog.text
 
 
 def test_wrong_vocabulary_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:

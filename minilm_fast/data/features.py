@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import logging
 import multiprocessing
 import signal
 from array import array
@@ -24,6 +25,10 @@ from minilm_fast.tokenization import Tokenizer
 
 # Examples are tokenised, sent between processes and stored in chunks of at most so many lines and bytes of text.
 _CHUNK_LINES, _CHUNK_BYTES = 2048, 1 << 24
+# Text and vocabulary that belong together stay far below this share.
+_MANY_UNKNOWN = 0.05
+
+logger = logging.getLogger(__name__)
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
@@ -73,11 +78,14 @@ class TokenCounts:
         return TokenCounts(self.tokens + other.tokens, self.unknown + other.unknown)
 
     def check(self, path: str | Path, tokenizer: Tokenizer) -> None:
-        """Raises :class:`UserError` if the vocabulary knows no token at all."""
+        """Warns of many unknown tokens; raises :class:`UserError` if the vocabulary knows no token at all."""
         if self.tokens and self.tokens == self.unknown:
             raise UserError(
                 f"{path}: none of the {self.tokens} tokens is in the vocabulary {tokenizer.source}: wrong file?"
             )
+        if self.unknown > _MANY_UNKNOWN * self.tokens:
+            share = 100 * self.unknown / self.tokens
+            logger.warning("%s: %.0f%% of the tokens are not in the vocabulary %s", path, share, tokenizer.source)
 
 
 class FeatureStore(Sequence[Feature]):
