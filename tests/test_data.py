@@ -5,7 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,6 +213,55 @@ def test_parallel_tokenisation_gives_the_same_in_the_same_order(tmp_path: Path, 
     store = read_features(path, tokenizer, num_proc=2)
     assert list(store) == make_features(found, tokenizer)
     assert store.counts == read_features(path, tokenizer).counts
+
+
+class _EndsItsProcess:
+    """What a worker becomes that unpickles it."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (1,)
+
+
+def test_worker_that_dies_is_an_error(tmp_path: Path) -> None:
+    path, _ = _many(tmp_path, 10)
+    with pytest.raises(UserError, match=r"many\.jsonl: a process that tokenised it ended"):
+        read_features(path, _EndsItsProcess(), num_proc=2)
+
+
+TOKENISE_FOR_EVER = """
+import itertools, sys
+from minilm_fast.data import features
+from minilm_fast.tokenization import Tokenizer
+if __name__ == "__main__":
+    lines = [(1, b'{"src": "the", "tgt": "the"}')]
+    tokenizer = Tokenizer.from_pretrained(sys.argv[1])
+    for chunk in features._in_parallel("-", itertools.repeat(lines), tokenizer, 2):
+        print("working", flush=True)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TOKENISE_FOR_EVER)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(GOLDENS / "tiny" / "vocab.txt")],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env=environment,
+    )
+    assert parent.stdout is not None and parent.stdout.readline() == b"working\n"
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(parent.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGKILL)
+    pytest.fail("workers were left behind")
 
 
 def test_tokens_that_the_vocabulary_lacks_are_counted(

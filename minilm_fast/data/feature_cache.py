@@ -125,7 +125,10 @@ def open_cache(path: str | Path, tokenizer: Tokenizer, cache_file: str | Path) -
     expected = {"format": _FORMAT, "tokenizer": _of_tokenizer(tokenizer), "data_bytes": _stamp(path)[0]}
     if any(trailer.fingerprint.get(name) != value for name, value in expected.items()):
         raise UserError(f"{target} was not made from {path} with the vocabulary {tokenizer.source}: build it again")
-    return FeatureStore(_mapped_chunks(target), TokenCounts(trailer.tokens, trailer.unknown))
+    store = FeatureStore(_mapped_chunks(target), TokenCounts(trailer.tokens, trailer.unknown))
+    if len(store) != trailer.examples:
+        raise UserError(f"{target} was replaced while it was opened")
+    return store
 
 
 _NO_DATASETS = "the package datasets is not installed (pip install 'minilm_fast[train]')"

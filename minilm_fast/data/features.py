@@ -6,7 +6,9 @@ import bisect
 import itertools
 import logging
 import multiprocessing
+import os
 import signal
+import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -191,10 +193,19 @@ def _chunks_of_lines(path: str | Path) -> Iterator[Lines]:
 _worker_tokenizer: Tokenizer
 
 
+def _end_with_the_parent() -> None:
+    # The pool's workers would wait for work for ever if their parent were killed.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _worker_tokenizer
     # Ctrl-C reaches the whole group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _worker_tokenizer = tokenizer
 
 
