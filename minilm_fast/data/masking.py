@@ -263,8 +263,3 @@ def make_masker(
     if mask_way == "v2":
         return PseudoMasker(special, masking, max_source, max_target, rng)
     raise UserError(f"--mask_way must be one of {', '.join(MASK_WAYS)}, not {mask_way!r}")
-
-
-def framed_lengths(feature: Feature, max_source: int, max_target: int) -> tuple[int, int]:
-    """Lengths of source (with ``[CLS]`` and ``[SEP]``) and target (with ``[SEP]``) after truncation."""
-    return min(len(feature.source_ids) + 2, max_source), min(len(feature.target_ids) + 1, max_target)
