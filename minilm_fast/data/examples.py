@@ -10,7 +10,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,16 +123,27 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     Raises:
         UserError: the file cannot be read, is cut off or damaged, or a line is longer than 256 MiB.
     """
+    with opened(path) as lines:
+        number = 0
+        while line := lines.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB: not JSON lines")
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield number, line
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[io.BufferedIOBase]:
+    """The bytes of a file that is plain, gzip or xz (told by its first bytes).
+
+    Raises:
+        UserError: the file cannot be read, is cut off or damaged; also while the block reads it.
+    """
     try:
-        with open(path, "rb") as stream, closing(_decompressed(stream)) as lines:
-            number = 0
-            while line := lines.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) > LONGEST_LINE:
-                    raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB: not JSON lines")
-                line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    yield number, line
+        with open(path, "rb") as stream, closing(_decompressed(stream)) as content:
+            yield content
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except EOFError:

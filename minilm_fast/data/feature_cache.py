@@ -122,7 +122,7 @@ def open_cache(path: str | Path, tokenizer: Tokenizer, cache_file: str | Path) -
     trailer = _read_trailer(target)
     if trailer is None:
         raise UserError(f"{target} is not there, cut off or damaged: build it first")
-    expected = {"format": _FORMAT, "tokenizer": _of_tokenizer(tokenizer), "data_bytes": _stamp(path)[0]}
+    expected = {"format": _FORMAT, "tokenizer": tokenizer_digest(tokenizer), "data_bytes": _stamp(path)[0]}
     if any(trailer.fingerprint.get(name) != value for name, value in expected.items()):
         raise UserError(f"{target} was not made from {path} with the vocabulary {tokenizer.source}: build it again")
     store = FeatureStore(_mapped_chunks(target), TokenCounts(trailer.tokens, trailer.unknown))
@@ -166,10 +166,10 @@ def _fingerprint(path: str | Path, tokenizer: Tokenizer) -> dict[str, Any]:
             digest, size = _digest(stream)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return {"format": _FORMAT, "data_sha256": digest, "data_bytes": size, "tokenizer": _of_tokenizer(tokenizer)}
+    return {"format": _FORMAT, "data_sha256": digest, "data_bytes": size, "tokenizer": tokenizer_digest(tokenizer)}
 
 
-def _of_tokenizer(tokenizer: Tokenizer) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 of the files that a tokenizer is saved to: all that it tokenises with."""
     found = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:

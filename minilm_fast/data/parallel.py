@@ -1,0 +1,59 @@
+"""Work on a stream of items in several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from minilm_fast.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_worker: Callable[[Any], Any]
+
+
+def _start(function: Callable[[Any], Any]) -> None:
+    global _worker
+    # Ctrl-C reaches the whole group; the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = function
+
+
+def _call(item: Any) -> Any:
+    return _worker(item)
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
+    """``function`` of every item, in order; only a few items a process are held at a time.
+
+    Args:
+        function: can be pickled; sent to each process once.
+        num_proc: with 1 this process does it all.
+
+    Raises:
+        UserError: a process ended.
+    """
+    if num_proc <= 1:
+        yield from map(function, items)
+        return
+    # Forking would copy the locks of threads that are running here.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_proc, context, initializer=_start, initargs=(function,))
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(_call, item))
+            if len(pending) > 2 * num_proc:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a process that tokenised ended (out of memory?); try fewer processes") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
