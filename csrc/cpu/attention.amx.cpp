@@ -12,6 +12,7 @@ struct Buffers {
   alignas(64) uint32_t queries[kMostLefts * kMaxHeadSize / kTileDepth * kTileWords];
   alignas(64) float scores[kMostRows * kAmxScoreStride];
   alignas(64) float sums[4 * kTileWords];
+  alignas(64) float factors[kAmxKeyBlock];
 };
 
 class AmxAttentionHead : AttentionRows<Bf16> {
@@ -83,7 +84,9 @@ class AmxAttentionHead : AttentionRows<Bf16> {
       float* scores = b_.scores + r * kAmxScoreStride;
       const int64_t left = prefix(row + r) - first, visible = left < count ? left : count;
       if (bias != nullptr) add_bias(scores, row + r, first, visible, *bias);
-      softmax_words(b_.states[r / kTileSide], r % kTileSide, scores, visible, count, p_.size);
+      if (drops()) factors(row + r, first, visible, b_.factors);
+      softmax_words(b_.states[r / kTileSide], r % kTileSide, scores, visible, count, p_.size,
+                    drops() ? b_.factors : nullptr);
     }
     const int64_t steps = round_up(count, kTileDepth) / kTileDepth;
     for (int64_t d = 0; d < p_.size; d += 2 * kTileSide) {

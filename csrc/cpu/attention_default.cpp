@@ -1,9 +1,14 @@
-#include "attention_kernel.h"
+#include "attention_backward_kernel.h"
 
 namespace minilm_fast {
 
 void attention_default(const AttentionProblem& problem, const AttentionTask& task, float* scratch) {
   attention_kernel(problem, task, scratch);
+}
+
+void attention_backward_default(const AttentionProblem& problem, const AttentionGradients& gradients,
+                                const AttentionTask& task, float* bias_gradient, float* scratch) {
+  attention_backward_kernel(problem, gradients, task, bias_gradient, scratch);
 }
 
 }  // namespace minilm_fast

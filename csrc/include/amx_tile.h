@@ -99,8 +99,9 @@ inline BitVec to_words(Vec low, Vec high) {
 }
 
 // Scores of one row to probabilities, as words in the place of the first half of the scores; otherwise as
-// softmax_row. Their total is that of the numbers before rounding.
-inline void softmax_words(QueryTile& tile, int row, float* scores, int64_t visible, int64_t count, int64_t size) {
+// softmax_row. Their total is that of the numbers before rounding and before the factors, if there are any.
+inline void softmax_words(QueryTile& tile, int row, float* scores, int64_t visible, int64_t count, int64_t size,
+                          const float* factors) {
   const float top = largest_score(scores, visible, kMinusInfinity) * tile.factor;
   const float now = top > tile.maximum[row] ? top : tile.maximum[row];
   if (now == kMinusInfinity) visible = 0;
@@ -113,7 +114,9 @@ inline void softmax_words(QueryTile& tile, int row, float* scores, int64_t visib
     const Vec low = probability(scores + j), high = probability(scores + j + kTileSide);
     totals[0] += low;
     totals[1] += high;
-    store(words, reinterpret_cast<Vec>(to_words(low, high)));
+    store(words, reinterpret_cast<Vec>(factors == nullptr ? to_words(low, high)
+                                                          : to_words(low * load(factors + j),
+                                                                     high * load(factors + j + kTileSide))));
   }
   for (; j < count; j += kTileDepth, words += kTileSide) {
     Vec pair[2] = {};
@@ -121,6 +124,7 @@ inline void softmax_words(QueryTile& tile, int row, float* scores, int64_t visib
       const int64_t left = visible - j - i * kTileSide;
       if (left > 0) pair[i] = first_lanes(left, probability(scores + j + i * kTileSide), Vec{});
       totals[i] += pair[i];
+      if (factors != nullptr && left > 0) pair[i] *= load(factors + j + i * kTileSide);
     }
     store(words, reinterpret_cast<Vec>(to_words(pair[0], pair[1])));
   }

@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "attention_tile.h"
+#include "philox.h"
 #include "relative_bias.h"
 
 namespace minilm_fast {
@@ -18,10 +19,11 @@ class AttentionRows {
         t_(task),
         length_(task.source + task.target + task.pseudo),
         width_(round_up(problem.size, kLanes)),
-        scale_(static_cast<float>(problem.scale)) {}
+        scale_(static_cast<float>(problem.scale)),
+        dropout_(make_dropout(problem.dropout, problem.seed)) {}
 
   const T* query(int64_t row) const {
-    return static_cast<const T*>(p_.q) + (t_.first + row) * p_.q_token + t_.head * p_.q_head;
+    return static_cast<const T*>(p_.q) + (t_.query + row) * p_.q_token + t_.head * p_.q_head;
   }
   const T* key(int64_t row) const {
     return static_cast<const T*>(p_.k) + (t_.first + row) * p_.k_token + t_.head * p_.k_head;
@@ -51,6 +53,22 @@ class AttentionRows {
     return DistanceBias(p_.relative_bias + t_.head * (2 * p_.distance_limit + 1), p_.distance_limit, memory);
   }
 
+  bool drops() const { return dropout_.threshold > 0; }
+
+  // Dropout factors of a row at keys [first, first + count), in whole blocks; `first` is a multiple of kDropoutBlock.
+  void factors(int64_t row, int64_t first, int64_t count, float* factors) const {
+    for (int64_t j = 0; j < count; j += kDropoutBlock)
+      dropout_factors(dropout_, t_.head, t_.query + row, (first + j) / kDropoutBlock, factors + j);
+  }
+
+  // The factor of a row at its own key.
+  float own_factor(int64_t row) const {
+    if (!drops()) return 1.0f;
+    float block[kDropoutBlock];
+    factors(row, row / kDropoutBlock * kDropoutBlock, 1, block);
+    return block[row % kDropoutBlock];
+  }
+
   // Takes rows [row, row + rows) into the tile, as many as `padded` with those that are not there; a pseudo row
   // starts with its own key.
   void begin(QueryTile& tile, int64_t row, int rows, int padded, const DistanceBias* bias) const {
@@ -63,7 +81,8 @@ class AttentionRows {
       if (bias != nullptr) score = score * scale_ + bias->at(0);
       tile.maximum[r] = score * tile.factor;
       tile.total[r] = 1.0f;
-      for (int64_t d = 0; d < p_.size; ++d) tile.out[r * width_ + d] = to_float(value(row + r)[d]);
+      const float factor = own_factor(row + r);
+      for (int64_t d = 0; d < p_.size; ++d) tile.out[r * width_ + d] = factor * to_float(value(row + r)[d]);
     }
   }
 
@@ -76,9 +95,9 @@ class AttentionRows {
 
   void finish(const QueryTile& tile, int64_t row, int rows) const {
     for (int r = 0; r < rows; ++r) {
-      const int64_t token = t_.first + row + r;
-      write_row(tile, r, p_.size, static_cast<T*>(p_.out) + (token * p_.heads + t_.head) * p_.size);
-      p_.lse[t_.head * p_.tokens + token] = log_sum_exp(tile, r);
+      const int64_t to = t_.query + row + r;
+      write_row(tile, r, p_.size, static_cast<T*>(p_.out) + (to * p_.heads + t_.head) * p_.size);
+      p_.lse[t_.head * p_.queries + to] = log_sum_exp(tile, r);
     }
   }
 
@@ -86,6 +105,7 @@ class AttentionRows {
   const AttentionTask& t_;
   int64_t length_, width_;
   float scale_;
+  Dropout dropout_;
 };
 
 template <class T>
@@ -134,10 +154,17 @@ class AttentionHead : AttentionRows<T> {
         const int64_t visible = left < count ? left : count;
         if (bias != nullptr) Rows::add_bias(tile.scores + r * kScoreStride, row + r, first, visible, *bias);
         softmax_row(tile, r, visible, count, p_.size);
+        if (Rows::drops()) drop(tile.scores + r * kScoreStride, row + r, first, visible);
       }
       add_values<Padded>(tile, block, p_.size);
     }
     Rows::finish(tile, row, rows);
+  }
+
+  void drop(float* probabilities, int64_t row, int64_t first, int64_t visible) {
+    alignas(64) float factors[kKeyBlock];
+    Rows::factors(row, first, visible, factors);
+    for (int64_t j = 0; j < visible; j += kLanes) store(probabilities + j, load(probabilities + j) * load(factors + j));
   }
 
   int64_t key_stride_;

@@ -18,7 +18,7 @@ struct Dropout {
 };
 
 inline Dropout make_dropout(double probability, uint64_t seed) {
-  const uint32_t threshold = static_cast<uint32_t>(probability * 65536.0 + 0.5);
+  const uint32_t threshold = static_cast<uint32_t>(__builtin_nearbyint(probability * 65536.0));
   return {{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
           threshold,
           threshold >= 65536 ? 0.0f : static_cast<float>(65536.0 / (65536.0 - threshold))};
@@ -26,53 +26,61 @@ inline Dropout make_dropout(double probability, uint64_t seed) {
 
 typedef uint64_t WideVec __attribute__((vector_size(kLanes * 4)));
 
-// Upper and lower halves of the products of each lane with a constant.
-inline void multiply(BitVec x, uint32_t by, BitVec& high, BitVec& low) {
-#if defined(__AVX2__)
-  const WideVec factor = WideVec{} + by;
+// 32-bit numbers, the even lanes of a vector in one and the odd lanes in the other, each in the lower half of 64 bits;
+// the upper halves are anything.
+struct Halves {
+  WideVec even, odd;
+};
+
+inline WideVec wide(uint64_t x) { return WideVec{} + x; }
+
+// The products of the lower halves of x with a 32-bit number.
+inline WideVec multiply_low(WideVec x, uint32_t by) {
 #if defined(__AVX512F__)
-  const auto times = [&](WideVec v) {
-    return reinterpret_cast<WideVec>(
-        _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(v), reinterpret_cast<__m512i>(factor)));
-  };
+  return reinterpret_cast<WideVec>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(wide(by))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<WideVec>(_mm256_mul_epu32(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(wide(by))));
 #else
-  const auto times = [&](WideVec v) {
-    return reinterpret_cast<WideVec>(_mm256_mul_epu32(reinterpret_cast<__m256i>(v), reinterpret_cast<__m256i>(factor)));
-  };
+  return (x & 0xffffffffu) * wide(by);
 #endif
-  const WideVec lanes = reinterpret_cast<WideVec>(x);
-  const WideVec even = times(lanes), odd = times(lanes >> 32);
-  constexpr uint64_t kLow = 0xffffffffu;
-  high = reinterpret_cast<BitVec>((even >> 32) | (odd & ~kLow));
-  low = reinterpret_cast<BitVec>((even & kLow) | (odd << 32));
-#else
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = static_cast<uint64_t>(x[i]) * by;
-    high[i] = static_cast<uint32_t>(product >> 32);
-    low[i] = static_cast<uint32_t>(product);
+}
+
+inline BitVec join(Halves x) {
+  return reinterpret_cast<BitVec>((x.even & 0xffffffffu) | (x.odd << 32));
+}
+
+// Philox4x32-7 of the counters (c0, c1, c2, 0), in place; the fourth word of the result goes to c3.
+inline void philox(const Dropout& dropout, Halves& c0, Halves& c1, Halves& c2, Halves& c3) {
+  uint32_t k0 = dropout.key[0], k1 = dropout.key[1];
+  c3 = {};
+  const auto turn = [&](WideVec& x0, WideVec& x1, WideVec& x2, WideVec& x3) {
+    const WideVec product0 = multiply_low(x0, 0xD2511F53u), product1 = multiply_low(x2, 0xCD9E8D57u);
+    x0 = (product1 >> 32) ^ x1 ^ wide(k0);
+    x2 = (product0 >> 32) ^ x3 ^ wide(k1);
+    x1 = product1;
+    x3 = product0;
+  };
+  for (int round = 0; round < 7; ++round) {
+    turn(c0.even, c1.even, c2.even, c3.even);
+    turn(c0.odd, c1.odd, c2.odd, c3.odd);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
   }
-#endif
 }
 
 // Factors of columns [128 * block, 128 * (block + 1)) of a row: 0 or the scale. The same numbers with every
 // instruction set.
 inline void dropout_factors(const Dropout& dropout, int64_t stream, int64_t row, int64_t block, float* factors) {
   for (int64_t first = 0; first < 16; first += kLanes) {
-    BitVec c0 = {}, c1 = BitVec{} + static_cast<uint32_t>(row), c2 = BitVec{} + static_cast<uint32_t>(stream), c3 = {};
-    for (int i = 0; i < kLanes; ++i) c0[i] = static_cast<uint32_t>(16 * block + first + i);
-    uint32_t k0 = dropout.key[0], k1 = dropout.key[1];
-    for (int round = 0; round < 7; ++round) {
-      BitVec high0, low0, high1, low1;
-      multiply(c0, 0xD2511F53u, high0, low0);
-      multiply(c2, 0xCD9E8D57u, high1, low1);
-      c0 = high1 ^ c1 ^ k0;
-      c1 = low1;
-      c2 = high0 ^ c3 ^ k1;
-      c3 = low0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    const BitVec words[4] = {c0, c1, c2, c3};
+    BitVec lanes = {};
+    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<uint32_t>(16 * block + first + i);
+    const WideVec counters = reinterpret_cast<WideVec>(lanes);
+    Halves c0{counters, counters >> 32}, c3;
+    Halves c1{wide(static_cast<uint32_t>(row)), wide(static_cast<uint32_t>(row))};
+    Halves c2{wide(static_cast<uint32_t>(stream)), wide(static_cast<uint32_t>(stream))};
+    philox(dropout, c0, c1, c2, c3);
+    const BitVec words[4] = {join(c0), join(c1), join(c2), join(c3)};
     const BitVec threshold = BitVec{} + dropout.threshold;
     for (int i = 0; i < 8; ++i) {
       const BitVec half = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;

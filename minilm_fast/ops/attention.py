@@ -13,12 +13,21 @@ For head ``h`` and row ``i`` of a sequence, with ``M_i`` the set of columns the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from minilm_fast.ops import reference
 from minilm_fast.ops._dispatch import select
-from minilm_fast.ops._library import define
+from minilm_fast.ops._library import LIBRARY, define
 from minilm_fast.ops.layout import SequenceLayout
+
+_LAYOUT = (
+    "Tensor cu_seqlens, Tensor segments, Tensor? cu_queries, SymInt max_seqlen, float scale, Tensor? relative_bias, "
+    "Tensor? position_ids, float dropout, Tensor? seed"
+)
+_RELATIVE_BIAS = 8
+"""Place of ``relative_bias`` among the arguments of ``attention``."""
 
 
 def _reference(
@@ -27,25 +36,101 @@ def _reference(
     v: torch.Tensor,
     cu_seqlens: torch.Tensor,
     segments: torch.Tensor,
+    cu_queries: torch.Tensor | None,
     max_seqlen: int,
     scale: float,
     relative_bias: torch.Tensor | None,
     position_ids: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = SequenceLayout(cu_seqlens, segments, max_seqlen, q.shape[0])
-    return reference.attention(q, k, v, layout, scale=scale, relative_bias=relative_bias, position_ids=position_ids)
+    layout = SequenceLayout(cu_seqlens, segments, max_seqlen, k.shape[0], cu_queries, q.shape[0])
+    return reference.attention(
+        q,
+        k,
+        v,
+        layout,
+        scale=scale,
+        relative_bias=relative_bias,
+        position_ids=position_ids,
+        dropout=dropout,
+        seed=seed,
+    )
+
+
+def _reference_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    *layout, bias_gradient = rest
+    bias = layout[_RELATIVE_BIAS - 3] if bias_gradient else None
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        if bias is not None:
+            layout[_RELATIVE_BIAS - 3] = inputs[3]
+        return _reference(inputs[0], inputs[1], inputs[2], *layout)[0]
+
+    inputs = (q, k, v) if bias is None else (q, k, v, bias)
+    gradients = torch.func.vjp(run, *inputs)[1](grad_out)
+    return gradients if bias is not None else (*gradients, q.new_empty(0, dtype=torch.float32))
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
+def _fake_backward(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    relative_bias, bias_gradient = rest[2 + _RELATIVE_BIAS - 3], rest[-1]
+    bias_shape = relative_bias.shape if bias_gradient else (0,)
+    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return *gradients, q.new_empty(bias_shape, dtype=torch.float32)
+
+
 _op = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor segments, SymInt max_seqlen, "
-    "float scale, Tensor? relative_bias, Tensor? position_ids) -> (Tensor, Tensor)",
-    reference=_reference,
-    fake=_fake,
+    f"attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)", reference=_reference, fake=_fake
 )
+_backward_op = define(
+    f"attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LAYOUT}, "
+    "bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Keeps all arguments and results: tensors where autograd watches over them, numbers beside."""
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.numbers = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs), *output)
+
+
+def _restore(ctx: Any) -> tuple[list[Any], torch.Tensor, torch.Tensor]:
+    *saved, out, lse = ctx.saved_tensors
+    return [n if t is None else t for t, n in zip(saved, ctx.numbers, strict=True)], out, lse
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    count = len(ctx.numbers)
+    if grad_out is None:
+        return (None,) * count
+    (q, k, v, *layout), out, lse = _restore(ctx)
+    bias_gradient = ctx.needs_input_grad[_RELATIVE_BIAS]
+    dq, dk, dv, bias = _backward_op(grad_out, q, k, v, out, lse, *layout, bias_gradient)
+    gradients: list[torch.Tensor | None] = [dq, dk, dv, *[None] * (count - 3)]
+    if bias_gradient:
+        gradients[_RELATIVE_BIAS] = bias
+    return tuple(gradients)
+
+
+torch.library.register_autograd("minilm_fast::attention", _backward, setup_context=_save, lib=LIBRARY)
 
 
 def attention(
@@ -85,20 +170,22 @@ def attention(
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = select("attention", q, k, v, relative_bias)
-    if backend == "reference" or dropout > 0 or layout.cu_queries is not None:
-        return reference.attention(
-            q,
-            k,
-            v,
-            layout,
-            scale=scale,
-            relative_bias=relative_bias,
-            position_ids=position_ids,
-            dropout=dropout,
-            seed=seed,
-        )
-    return _op(q, k, v, layout.cu_seqlens, layout.segments, layout.max_seqlen, scale, relative_bias, position_ids)
+    run = _reference if select("attention", q, k, v, relative_bias) == "reference" else _op
+    out, lse = run(
+        q,
+        k,
+        v,
+        layout.cu_seqlens,
+        layout.segments,
+        layout.cu_queries,
+        layout.max_seqlen,
+        scale,
+        relative_bias,
+        position_ids,
+        dropout,
+        seed,
+    )
+    return out, lse.detach()
 
 
 def _check(
