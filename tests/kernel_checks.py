@@ -41,11 +41,12 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def assert_accurate(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
+def assert_accurate(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, allowance: float = 0.0) -> None:
     """Holds the error against fp64 to twice that of eager PyTorch in the same dtype.
 
     On average and at worst; to that comes an allowance of about one rounding of the largest result, for the cases
-    in which eager happens to be exact.
+    in which eager happens to be exact, and ``allowance`` (at worst eight times as much) where the result is what is
+    left of larger numbers that cancel.
     """
     assert ours.shape == exact.shape and ours.dtype == eager.dtype
     if not exact.numel():
@@ -53,8 +54,8 @@ def assert_accurate(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor
     assert torch.isfinite(exact).all()
     mine, theirs = ((x.double() - exact).abs() for x in (ours, eager))
     rounding = EPSILON * exact.abs().max().item()
-    assert mine.pow(2).mean().sqrt() <= 2 * theirs.pow(2).mean().sqrt() + rounding
-    assert mine.max() <= 2 * theirs.max() + 2 * rounding
+    assert mine.pow(2).mean().sqrt() <= 2 * theirs.pow(2).mean().sqrt() + rounding + allowance
+    assert mine.max() <= 2 * theirs.max() + 2 * rounding + 8 * allowance
 
 
 def wide(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

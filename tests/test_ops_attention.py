@@ -10,6 +10,7 @@ from kernel_checks import DTYPES, ISAS, assert_accurate, instruction_set, thread
 
 from minilm_fast import ops
 from minilm_fast.ops import SequenceLayout, reference
+from minilm_fast.ops.dropout import dropout_factors
 
 COUNTS = {
     "bidirectional": ([64, 1, 0, 33], [0] * 4, [0] * 4),
@@ -67,6 +68,48 @@ def test_masks(isa: str, dtype: torch.dtype, counts: tuple[list[int], ...]) -> N
 def test_head_sizes_and_bias(isa: str, dtype: torch.dtype, size: int, bias: str) -> None:
     with instruction_set(isa):
         _check(SequenceLayout.from_counts([19, 0, 70, 1], [9, 11, 0, 0], [9, 11, 0, 0]), size, dtype, bias)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_few_rows_ask(isa: str, dtype: torch.dtype, dropout: float) -> None:
+    layout = SequenceLayout.from_counts([530, 0, 9, 4], [3, 0, 0, 30], [3, 7, 0, 30]).with_queries([140, 7, 0, 31])
+    _, k, v = _inputs(layout, 2, 33, dtype)
+    q = torch.randn(layout.total_queries, 2, 33).to(dtype)
+    options = {"scale": 33**-0.5, "dropout": dropout, "seed": torch.tensor([5])}
+    with instruction_set(isa):
+        results = [ops.attention(q, k, v, layout, **options)]
+        with threads(4):
+            results.append(ops.attention(q, k, v, layout, **options))
+    eager = reference.attention(q, k, v, layout, **options)
+    exact = reference.attention(q.double(), k.double(), v.double(), layout, **options)
+    for out, lse in results:
+        assert torch.equal(out, results[0][0])
+        assert_accurate(out, eager[0], exact[0])
+        assert_accurate(lse, eager[1], exact[1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.999])
+def test_drops_what_the_specification_drops(isa: str, dtype: torch.dtype, dropout: float) -> None:
+    """With equal scores and one-hot values an output is the row's factors, divided by the number of keys it sees."""
+    layout = SequenceLayout.from_counts([70, 2], [29, 2], [29, 2]).with_queries([110, 5])
+    seed = torch.tensor([2**61 + 7 * 2**32 + 5])
+    keys = torch.zeros(layout.total, 3, 128, dtype=dtype)
+    values = torch.zeros_like(keys)
+    within = torch.arange(layout.total) - layout.cu_seqlens[:-1].repeat_interleave(layout.cu_seqlens.diff())
+    values[torch.arange(layout.total), :, within] = 1
+    with instruction_set(isa):
+        out, _ = ops.attention(keys[:115], keys, values, layout, dropout=dropout, seed=seed)
+    factors = dropout_factors(dropout, seed, 115, 128, 3).transpose(0, 1)
+    mask = torch.cat([d[n - c : n] for d, n, c in zip(layout.dense_mask(), (128, 6), (110, 5), strict=True)])
+    seen = torch.zeros(115, 128, dtype=torch.bool)
+    seen[:, : mask.shape[1]] = mask
+    expected = torch.where(seen, 1 / seen.sum(1, keepdim=True), 0.0)[:, None] * factors
+    assert torch.equal(out != 0, expected != 0)
+    torch.testing.assert_close(out, expected.to(dtype))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -153,10 +196,13 @@ def _arguments(**changes: object) -> list[object]:
         "v": v,
         "cu_seqlens": layout.cu_seqlens,
         "segments": layout.segments,
+        "cu_queries": None,
         "max_seqlen": layout.max_seqlen,
         "scale": 0.3,
         "relative_bias": torch.randn(2, 9),
         "position_ids": torch.arange(layout.total, dtype=torch.int32),
+        "dropout": 0.0,
+        "seed": None,
     }
     return list((arguments | changes).values())
 
@@ -165,6 +211,8 @@ def test_opcheck() -> None:
     op = torch.ops.minilm_fast.attention.default
     torch.library.opcheck(op, _arguments())
     torch.library.opcheck(op, _arguments(relative_bias=None, position_ids=None))
+    some = {"q": torch.randn(3, 2, 8), "cu_queries": torch.tensor([0, 1, 3], dtype=torch.int32)}
+    torch.library.opcheck(op, _arguments(**some, dropout=0.2, seed=torch.tensor([3])))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +232,17 @@ def test_opcheck() -> None:
         ({"segments": torch.tensor([[5, 3, 3], [2, 3, -1]], dtype=torch.int32)}, r"segments\[1\] holds a negative"),
         ({"max_seqlen": 10}, "max_seqlen is 10"),
         ({"position_ids": None}, "go together"),
+        ({"cu_queries": torch.tensor([0, 15], dtype=torch.int32)}, "cu_queries must have the shape"),
+        ({"cu_queries": torch.tensor([0, 11, 15])}, "cu_queries must be"),
+        ({"cu_queries": torch.tensor([0, 3, 5], dtype=torch.int32)}, "cu_queries must go from 0 to the 15 rows"),
+        ({"cu_queries": torch.tensor([0, 10, 15], dtype=torch.int32)}, "5 rows of sequence 1 ask, which has 4"),
+        ({"cu_queries": torch.tensor([0, 16, 15], dtype=torch.int32)}, "16 rows of sequence 0 ask, which has 11"),
+        ({"dropout": 1.0, "seed": torch.tensor([1])}, "dropout must be"),
+        ({"dropout": float("nan"), "seed": torch.tensor([1])}, "dropout must be"),
+        ({"dropout": 0.1}, "dropout needs a seed"),
+        ({"dropout": 0.1, "seed": torch.tensor([1], dtype=torch.int32)}, "seed must be"),
+        ({"dropout": 0.1, "seed": torch.tensor([1, 2])}, "seed must have the shape"),
+        ({"dropout": 0.1, "seed": torch.tensor([-1])}, "seed must not be negative"),
         ({"position_ids": torch.zeros(14, dtype=torch.int32)}, "position_ids must have the shape"),
         ({"relative_bias": torch.zeros(3, 9)}, "relative_bias must have the shape"),
         ({"relative_bias": torch.zeros(2, 8)}, "relative_bias must have an odd number"),

@@ -7,7 +7,7 @@ void attention_avx512(const AttentionProblem& problem, const AttentionTask& task
 }
 
 void attention_backward_avx512(const AttentionProblem& problem, const AttentionGradients& gradients,
-                                const AttentionTask& task, float* bias_gradient, float* scratch) {
+                               const AttentionTask& task, float* bias_gradient, float* scratch) {
   attention_backward_kernel(problem, gradients, task, bias_gradient, scratch);
 }
 

@@ -48,8 +48,8 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
                                              double scale, const std::optional<at::Tensor>& relative_bias,
                                              const std::optional<at::Tensor>& position_ids, double dropout,
                                              const std::optional<at::Tensor>& seed) {
-  const AttentionOperands operands{q,          k,     v,             cu_seqlens,   segments, cu_queries,
-                                   max_seqlen, scale, relative_bias, position_ids, dropout,  seed};
+  const AttentionOperands operands{
+      q, k, v, cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed};
   int64_t longest = 0;
   AttentionProblem problem = make_problem(kOp, operands, longest);
   at::Tensor out = at::empty(q.sizes(), q.options());

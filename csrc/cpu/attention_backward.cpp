@@ -45,8 +45,8 @@ at::Tensor sum_over_batch(const at::Tensor& parts) {
 }
 
 // Writes the gradients of q, k and v; returns that of the relative bias, or an empty tensor.
-at::Tensor differentiate(const char* op, const Results& results, const AttentionOperands& operands,
-                         bool bias_gradient, const Destination& to) {
+at::Tensor differentiate(const char* op, const Results& results, const AttentionOperands& operands, bool bias_gradient,
+                         const Destination& to) {
   int64_t longest = 0;
   const AttentionProblem problem = make_problem(op, operands, longest);
   const at::Tensor &q = operands.q, &lse = results.lse;
@@ -93,8 +93,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& lse, const at::Tensor& cu_seqlens, const at::Tensor& segments, const Optional& cu_queries,
     int64_t max_seqlen, double scale, const Optional& relative_bias, const Optional& position_ids, double dropout,
     const Optional& seed, bool bias_gradient) {
-  const AttentionOperands operands{q,          k,     v,             cu_seqlens,   segments, cu_queries,
-                                   max_seqlen, scale, relative_bias, position_ids, dropout,  seed};
+  const AttentionOperands operands{
+      q, k, v, cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed};
   const Destination to{at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options()),
                        at::empty(v.sizes(), v.options())};
   const at::Tensor grad = with_contiguous_rows(grad_out);

@@ -114,9 +114,9 @@ inline void softmax_words(QueryTile& tile, int row, float* scores, int64_t visib
     const Vec low = probability(scores + j), high = probability(scores + j + kTileSide);
     totals[0] += low;
     totals[1] += high;
-    store(words, reinterpret_cast<Vec>(factors == nullptr ? to_words(low, high)
-                                                          : to_words(low * load(factors + j),
-                                                                     high * load(factors + j + kTileSide))));
+    store(words, reinterpret_cast<Vec>(factors == nullptr
+                                           ? to_words(low, high)
+                                           : to_words(low * load(factors + j), high * load(factors + j + kTileSide))));
   }
   for (; j < count; j += kTileDepth, words += kTileSide) {
     Vec pair[2] = {};

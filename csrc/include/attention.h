@@ -65,8 +65,8 @@ void attention_backward_avx2(const AttentionProblem&, const AttentionGradients&,
 void attention_backward_avx512(const AttentionProblem&, const AttentionGradients&, const AttentionTask&, float*,
                                float*);
 
-// Scratch memory, in floats, of the backward kernels: a fixed part for a block of rows, of the keys three copies and two
-// gradients, and the bias and its gradient.
+// Scratch memory, in floats, of the backward kernels: a fixed part for a block of rows, of the keys three copies and
+// two gradients, and the bias and its gradient.
 constexpr int64_t kBackwardBlock = 72 * 1024;
 static inline int64_t attention_backward_scratch(const AttentionProblem& problem, int64_t length) {
   constexpr int64_t kTileKeys = 64, kTileSize = 32, kMostLanes = 16;

@@ -43,8 +43,8 @@ inline void multiply_tile(Left<Row> left, const float* right, int64_t right_stri
   }
 }
 
-// out[r][c] (+)= the sum over `depth` steps of left(r, step) * right[step][c], for kTileRows rows at most; whole vectors
-// of columns, and rows up to the next number that has a kernel, are read and written.
+// out[r][c] (+)= the sum over `depth` steps of left(r, step) * right[step][c], for kTileRows rows at most; whole
+// vectors of columns, and rows up to the next number that has a kernel, are read and written.
 template <int64_t Row>
 inline void multiply(Left<Row> left, const float* right, int64_t right_stride, int64_t depth, float* out,
                      int64_t out_stride, int rows, int64_t columns, bool add) {
@@ -88,8 +88,8 @@ class AttentionHeadBackward : AttentionRows<T> {
   using Rows::length_, Rows::p_, Rows::t_, Rows::width_, Rows::scale_;
 
  public:
-  AttentionHeadBackward(const AttentionProblem& problem, const AttentionGradients& gradients,
-                        const AttentionTask& task, float* bias_gradient, float* scratch)
+  AttentionHeadBackward(const AttentionProblem& problem, const AttentionGradients& gradients, const AttentionTask& task,
+                        float* bias_gradient, float* scratch)
       : Rows(problem, task),
         g_(gradients),
         b_(*reinterpret_cast<RowBlock*>(scratch)),
@@ -212,8 +212,8 @@ class AttentionHeadBackward : AttentionRows<T> {
     if (keys > 0) {
       multiply<1>({b_.q_columns + from, kQueryStride}, key_columns_ + first, stride_, p_.size, p, kPairStride, rows,
                   keys, false);
-      multiply<1>({b_.grad_out_columns + from, kQueryStride}, value_columns_ + first, stride_, p_.size, ds,
-                  kPairStride, rows, keys, false);
+      multiply<1>({b_.grad_out_columns + from, kQueryStride}, value_columns_ + first, stride_, p_.size, ds, kPairStride,
+                  rows, keys, false);
     }
     for (int i = 0; i < rows; ++i) {
       const int64_t left = Rows::prefix(row + i) - first;

@@ -126,8 +126,8 @@ inline std::vector<AttentionTask> make_tasks(const AttentionOperands& operands) 
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t length = int64_t{starts[i + 1]} - starts[i], silent = length - (queries[i + 1] - queries[i]);
     for (int64_t head = 0; head < heads; ++head)
-      tasks.push_back({starts[i], queries[i] - silent, counts[3 * i], counts[3 * i + 1], counts[3 * i + 2], head,
-                       silent, length});
+      tasks.push_back(
+          {starts[i], queries[i] - silent, counts[3 * i], counts[3 * i + 1], counts[3 * i + 2], head, silent, length});
   }
   return tasks;
 }

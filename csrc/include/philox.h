@@ -46,14 +46,12 @@ inline WideVec multiply_low(WideVec x, uint32_t by) {
 #endif
 }
 
-inline BitVec join(Halves x) {
-  return reinterpret_cast<BitVec>((x.even & 0xffffffffu) | (x.odd << 32));
-}
+inline BitVec join(Halves x) { return reinterpret_cast<BitVec>((x.even & 0xffffffffu) | (x.odd << 32)); }
 
 // Philox4x32-7 of the counters (c0, c1, c2, 0), in place; the fourth word of the result goes to c3.
 inline void philox(const Dropout& dropout, Halves& c0, Halves& c1, Halves& c2, Halves& c3) {
   uint32_t k0 = dropout.key[0], k1 = dropout.key[1];
-  c3 = {};
+  c3 = Halves{};
   const auto turn = [&](WideVec& x0, WideVec& x1, WideVec& x2, WideVec& x3) {
     const WideVec product0 = multiply_low(x0, 0xD2511F53u), product1 = multiply_low(x2, 0xCD9E8D57u);
     x0 = (product1 >> 32) ^ x1 ^ wide(k0);
