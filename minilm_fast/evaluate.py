@@ -147,6 +147,8 @@ class Evaluation:
         self.names = only_best(names) if args.only_eval_best else names
         fields = QUESTION_FIELDS if self.task.kind == QUESTIONS else SUMMARY_FIELDS
         self.gold = read_gold(args.gold, args.gold_format, [args.gold_field] if args.gold_field else fields)
+        if args.gold_field and self.gold.field is None:
+            raise UserError(f"--gold_field {args.gold_field}: {self.gold.name} is plain text")
         self.examples = self._number_of_examples()
         references = self.gold.references[: self.examples]
         # Like the original's scripts, which leave out what has no reference.

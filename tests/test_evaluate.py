@@ -205,7 +205,7 @@ BAD_GOLD = {
     "json": (b'{"tgt": "a"}\n{"tgt": \n{"tgt": "c"}\n', "gold.bad:2: broken JSON"),
     "json line between": (b'{"tgt": "a"}\n\n{"tgt": "c"}\n', "gold.bad:2: broken JSON"),
     "no object": (b'{"tgt": "a"}\n[1]\n3\n', "gold.bad:2: not a JSON object"),
-    "no field": (b'{"src": "a"}\n{"tgt": "b"}\n{}\n', "gold.bad:1: no 'tgt' and no 'refs'"),
+    "no field": (b'{"src": "a"}\n{"tgt": "b"}\n{}\n', "gold.bad:1: no 'tgt' or 'refs'"),
     "lost field": (b'{"tgt": "a"}\n{"src": "b"}\n{}\n', "gold.bad:2: no 'tgt'"),
     "lost references": (b'{"refs": ["a"]}\n{"tgt": "b"}\n{}\n', "gold.bad:2: no 'refs'"),
     "number": (b'{"tgt": "a"}\n{"tgt": 3}\n{}\n', "gold.bad:2: 'tgt' is neither a text nor a list of tokens"),
@@ -236,6 +236,7 @@ def test_bad_predictions(run, folder, data, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--gold_field", "tgt"], "--gold_field tgt: gold.txt is plain text"),
         (["--pred", "missing"], "--pred missing: there is no such file"),
         (["--pred", "no*"], "--pred no*: there is no such file"),
         (["--pred", "."], "--pred .: there is no such file"),

@@ -13,7 +13,7 @@ import pytest
 
 from minilm_fast import metrics
 from minilm_fast.errors import UserError
-from minilm_fast.metrics import meteor_score, questions
+from minilm_fast.metrics import meteor_score, questions, rouge_scores
 
 GOLDENS = Path(__file__).resolve().parent / "goldens" / "metrics"
 
@@ -67,6 +67,16 @@ def test_rouge_in_several_processes():
     references = [[" ".join(generator.choices(words, k=6))] for _ in texts]
     alone = metrics.rouge_of_each(texts, references)
     np.testing.assert_array_equal(metrics.rouge_of_each(texts, references, processes=2), alone)
+
+
+def _die(*chunk):
+    os._exit(9)
+
+
+def test_a_killed_process_is_one_line(monkeypatch):
+    monkeypatch.setattr(rouge_scores, "_score_chunk", _die)
+    with pytest.raises(UserError, match="a process that computes ROUGE was killed"):
+        metrics.rouge_of_each(["a"] * 600, [["a"]] * 600, processes=2)
 
 
 def test_bootstrap_bounds_the_mean():

@@ -131,7 +131,7 @@ def _from_json(path: str, lines: Sequence[str], fields: Sequence[str]) -> Gold:
     records = [parse_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
     found = next((name for name in fields if name in records[0]), None)
     if found is None:
-        raise UserError(f"{path}:1: no {' and no '.join(map(repr, reversed(fields)))}")
+        raise UserError(f"{path}:1: no {' or '.join(map(repr, reversed(fields)))}")
     references = [_texts(record, found, f"{path}:{number}") for number, record in enumerate(records, 1)]
     return Gold(path, [[text for text in texts if text.strip()] for texts in references], found, records)
 

@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from minilm_fast.errors import UserError
 from minilm_fast.metrics.requirements import missing
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def rouge(
 
     Raises:
         ValueError: no examples, not as many predictions as references, or an example without a reference.
-        UserError: rouge-score is not installed.
+        UserError: rouge-score is not installed, or one of the processes was killed.
     """
     scores = rouge_of_each(predictions, references, stemming=stemming, processes=processes)
     means = 100 * scores.mean(axis=0)
@@ -112,8 +114,11 @@ def rouge_of_each(
         rows = [_score_chunk(*chunk) for chunk in chunks]
     else:
         _scorer(stemming)
-        with ProcessPoolExecutor(min(processes, len(chunks))) as pool:
-            rows = list(pool.map(_score_chunk, *zip(*chunks, strict=True)))
+        try:
+            with ProcessPoolExecutor(min(processes, len(chunks))) as pool:
+                rows = list(pool.map(_score_chunk, *zip(*chunks, strict=True)))
+        except BrokenProcessPool:
+            raise UserError("a process that computes ROUGE was killed; fewer processes need less memory") from None
     return np.array(list(chain.from_iterable(rows)), dtype=np.float64)
 
 
