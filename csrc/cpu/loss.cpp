@@ -32,6 +32,8 @@ constexpr int64_t kWordBlock = 128;    // words of a task
 constexpr int64_t kWordChunk = 4096;   // words whose gradients are kept until the hidden states' gradient takes them
 constexpr int64_t kColumnChunk = 128;  // rows of the batch whose logits are reduced while they are in the cache
 constexpr int64_t kGradRows = 64;      // rows of a task of the hidden states' gradient
+// Added to the elements from one row to the next: a power of two would map all rows to the same few sets of the caches.
+constexpr int64_t kStrideShift = 32;
 static_assert(kWordChunk % kWordBlock == 0 && kWordBlock % loss::kColumnMultiple == 0 && kWordBlock % 2 == 0, "");
 static_assert(kRowChunk % kColumnChunk == 0 && kGradRows % 32 == 0, "");
 
@@ -277,7 +279,7 @@ class RangeGradient {
 
   void run() {
     const int64_t chunk = std::min(kWordChunk, round_up(operands_.vocabulary, kWordBlock));
-    if (gradients_.hidden) kept_ = at::empty({range_.padded(), chunk}, operands_.hidden.options());
+    if (gradients_.hidden) kept_ = at::empty({range_.padded(), chunk + kStrideShift}, operands_.hidden.options());
     for (int64_t first = 0; first < operands_.vocabulary; first += kWordChunk) {
       const int64_t words = std::min(kWordChunk, operands_.vocabulary - first);
       Panels weights(operands_.format, operands_.channels, gradients_.hidden ? words : 0);
@@ -295,16 +297,16 @@ class RangeGradient {
     const int64_t words = std::min(kWordBlock, chunk_words - offset), columns = range_.padded();
     const RowPacker word_packer = {operands_.products, operands_.format, operands_.channels};
     const RowPacker gradient_packer = {operands_.products, operands_.format, columns};
-    const int64_t logit_bytes = kWordBlock * columns * 4;
+    const int64_t stride = columns + kStrideShift, logit_bytes = kWordBlock * stride * 4;
     const int64_t packed_bytes = std::max(word_packer.bytes(kWordBlock), gradient_packer.bytes(kWordBlock));
     char* memory = scratch.get(logit_bytes + packed_bytes + kWordBlock * operands_.channels * 4);
     float* logits = reinterpret_cast<float*>(memory);
     const char* words_data = element(operands_.weight, first);
     const gemm::Rows rows =
         word_packer({words_data, operands_.channels, operands_.weight_bf16()}, words, memory + logit_bytes);
-    multiply_words(operands_, rows, words, panels_, 0, columns, logits, columns);
+    multiply_words(operands_, rows, words, panels_, 0, columns, logits, stride);
 
-    const loss::Block logit_block = {logits, words, columns, columns, operands_.bias + first};
+    const loss::Block logit_block = {logits, words, columns, stride, operands_.bias + first};
     differentiate(logit_block, first);
     if (gradients_.hidden) {
       keep(logit_block, offset);
@@ -315,7 +317,7 @@ class RangeGradient {
       operands_.passes.pack(source, operands_.format, padded, weights.data() + offset * k_bytes, weights.bytes());
     }
     if (gradients_.weight) {
-      const gemm::Rows grads = gradient_packer({logits, columns, false}, words, memory + logit_bytes);
+      const gemm::Rows grads = gradient_packer({logits, stride, false}, words, memory + logit_bytes);
       weight_gradient(grads, first, words, reinterpret_cast<float*>(memory + logit_bytes + packed_bytes));
     }
   }

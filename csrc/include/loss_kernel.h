@@ -63,8 +63,9 @@ void gradient(const Block& block, const float* lse, const float* scale, float sh
 template <class T>
 inline void transpose_as(const Block& block, T* out, int64_t out_stride) {
   Vec square[kLanes];
-  for (int64_t v = 0; v < block.words; v += kLanes)
-    for (int64_t c = 0; c < block.columns; c += kLanes) {
+  // Down the words first, so that what is written fills whole cache lines.
+  for (int64_t c = 0; c < block.columns; c += kLanes)
+    for (int64_t v = 0; v < block.words; v += kLanes) {
       for (int i = 0; i < kLanes; ++i) square[i] = load(block.logits + (v + i) * block.stride + c);
       minilm_fast::transpose(square);
       for (int i = 0; i < kLanes; ++i) store(out + (c + i) * out_stride + v, square[i]);
