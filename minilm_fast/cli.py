@@ -91,14 +91,13 @@ def run_training(
         from minilm_fast.training.distributed import World
 
         world = World(local_rank=args.local_rank, cuda=not args.no_cuda)
-        level = logging.INFO if world.is_main else logging.ERROR
-        logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-        world.connect()
-        with run_folder(world, args.output_dir) as folder:
-            trainer = make_trainer(args, world)
-            trainer.prepare(folder, overwrite=args.overwrite_output_dir)
-            trainer.train()
-        world.close()
+        with _logging(logging.INFO if world.is_main else logging.ERROR):
+            world.connect()
+            with run_folder(world, args.output_dir) as folder:
+                trainer = make_trainer(args, world)
+                trainer.prepare(folder, overwrite=args.overwrite_output_dir)
+                trainer.train()
+            world.close()
 
     return guarded(run, lambda: trainer.hint() if trainer else "", "--per_gpu_train_batch_size")
 
@@ -118,6 +117,22 @@ def _fail(message: str, status: int) -> int:
 def _is_out_of_memory(error: BaseException) -> bool:
     signs = ("not enough memory", "can't allocate memory", "CUDA out of memory")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+@contextlib.contextmanager
+def _logging(level: int) -> Iterator[None]:
+    """Within the block what the package logs goes to standard error, with the time before it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("minilm_fast")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -209,10 +210,10 @@ def test_interrupted_run_says_how_to_go_on(
 ) -> None:
     step = Trainer.train_step
 
-    def interrupted(trainer: Trainer, signal: int) -> StepReport:
+    def interrupted(trainer: Trainer, received: Callable[[], int]) -> StepReport:
         if trainer.step == 4:
             raise KeyboardInterrupt
-        return step(trainer, signal)
+        return step(trainer, received)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     model = copy_model(tmp_path / "model")

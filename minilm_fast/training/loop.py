@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,11 @@ class Trainer:
         options = self.options
         return options.learning_rate * linear_schedule(self.step, options.num_warmup_steps, options.total_steps)
 
-    def train_step(self, signal: int = 0) -> StepReport:
+    def train_step(self, received: Callable[[], int] = int) -> StepReport:
         """One optimiser step.
 
         Args:
-            signal: number of a signal that this process has received.
+            received: number of the signal that this process has received by the end of the backward pass, or 0.
 
         Raises:
             UserError: the loss or a gradient is not finite, in any process; nothing has been updated.
@@ -117,7 +117,7 @@ class Trainer:
         data = self.task.step_data(self.step)
         with self.world.watching():
             results = self._accumulate(data)
-        parts, signal = self._agree(data, results, signal)
+        parts, signal = self._agree(data, results, received())
         norm = self.precision.clip(self.optimizer, self.task.module, self.options.max_grad_norm)
         skipped = self._check(parts["loss"], norm)
         rate = self.learning_rate
@@ -338,7 +338,7 @@ class Trainer:
         )
 
     def _train_and_save(self, signals: DeferredSignals) -> None:
-        report = self.train_step(signals.received)
+        report = self.train_step(lambda: signals.received)
         assert self.reporter is not None
         self.reporter.step(self.step, report, self.skipped)
         start = time.perf_counter()

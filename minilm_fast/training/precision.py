@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilm_fast.errors import UserError
+from minilm_fast.ops import forced_backend
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -18,9 +21,14 @@ class Precision:
         name: ``"fp32"``, ``"bf16"`` (autocast) or ``"fp16"`` (autocast, and a loss scaled so that small gradients
             do not vanish; Micikevicius et al., arXiv:1710.03740, section 3.2). Weights stay fp32.
         device: where the model is.
+
+    Raises:
+        UserError: fp16 on a CPU, whose compiled operators do not know it.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
+        if name == "fp16" and device.type == "cpu" and forced_backend() != "reference":
+            raise UserError("--fp16 needs a GPU; on a CPU use --bf16")
         self.dtype = DTYPES[name]
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
