@@ -16,6 +16,7 @@ using Optional = std::optional<at::Tensor>;
 
 AttentionBackwardKernel choose_kernel(bool bf16) {
 #ifdef MINILM_FAST_X86
+  if (current_isa() >= Isa::kAmx && bf16) return attention_backward_amx;
   if (current_isa() >= Isa::kAvx512) return attention_backward_avx512;
   if (current_isa() >= Isa::kAvx2) return attention_backward_avx2;
 #endif

@@ -64,15 +64,17 @@ void attention_backward_default(const AttentionProblem&, const AttentionGradient
 void attention_backward_avx2(const AttentionProblem&, const AttentionGradients&, const AttentionTask&, float*, float*);
 void attention_backward_avx512(const AttentionProblem&, const AttentionGradients&, const AttentionTask&, float*,
                                float*);
+void attention_backward_amx(const AttentionProblem&, const AttentionGradients&, const AttentionTask&, float*,
+                            float*);  // bf16 only
 
 // Scratch memory, in floats, of the backward kernels: a fixed part for a block of rows, of the keys three copies and
 // two gradients, and the bias and its gradient.
-constexpr int64_t kBackwardBlock = 72 * 1024;
+constexpr int64_t kBackwardBlock = 160 * 1024;
 static inline int64_t attention_backward_scratch(const AttentionProblem& problem, int64_t length) {
   constexpr int64_t kTileKeys = 64, kTileSize = 32, kMostLanes = 16;
   const int64_t keys = (length + kTileKeys - 1) / kTileKeys * kTileKeys + 2 * kMostLanes;
   const int64_t width = (problem.size + kTileSize - 1) / kTileSize * kTileSize;
-  const int64_t bias = problem.relative_bias == nullptr ? 0 : 2 * (2 * problem.distance_limit + 1 + 2 * kMostLanes);
+  const int64_t bias = problem.relative_bias == nullptr ? 0 : 3 * (2 * problem.distance_limit + 1 + 3 * kMostLanes);
   return kBackwardBlock + 5 * keys * width + bias;
 }
 
