@@ -65,7 +65,7 @@ def _add_optimiser_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_training_epochs", type=positive_int, default=10)
     add("--num_warmup_steps", type=natural, default=0)
     add("--seed", type=int, default=42)
-    add("--gradient_checkpointing", action="store_true", help="less memory, about a third more time (new)")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time (new)")
 
 
 def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
