@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from .weights import INDEX_FILES, SINGLE_FILES, find_weights, read_weights
 if TYPE_CHECKING:
     from .tokenization import Tokenizer
 
-__all__ = ["LoadedCheckpoint", "Resolved", "check_tokenizer", "load", "resolve", "save"]
+__all__ = ["LoadedCheckpoint", "Resolved", "check_tokenizer", "load", "resolve", "save", "write_archive"]
 
 _ARCHITECTURES = {
     "roberta": ("RobertaForMaskedLM", "RobertaModel"),
@@ -315,7 +315,8 @@ def save(
         if weight_format in ("safetensors", "both"):
             _write_safetensors(tensors, staging / "model.safetensors")
         if weight_format in ("bin", "both"):
-            _write_bin(tensors, staging / "pytorch_model.bin")
+            with open(staging / "pytorch_model.bin", "wb") as stream:
+                write_archive({name: tensor.contiguous() for name, tensor in tensors.items()}, stream)
         if tokenizer is not None:
             tokenizer.save(staging)
         text = json.dumps(_config_on_disk(config, state), indent=2, sort_keys=True) + "\n"
@@ -371,11 +372,14 @@ def _write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
     os.chmod(file, 0o666 & ~mask)
 
 
-def _write_bin(tensors: dict[str, Tensor], file: Path) -> None:
+def write_archive(values: Mapping[str, Any], stream: IO[bytes]) -> None:
+    """``torch.save`` whose errors of writing are ``OSError``."""
     try:
-        torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        torch.save(dict(values), stream)
     except RuntimeError as error:
-        raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+        # The writer hides the error of the stream behind one of its own.
+        hidden = error.__context__
+        raise hidden if isinstance(hidden, OSError) else OSError(errno.EIO, str(error).splitlines()[0]) from error
 
 
 @contextmanager

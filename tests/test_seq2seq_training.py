@@ -15,9 +15,10 @@ import pytest
 import torch
 from training_files import GOLDENS, NO_DROPOUT, RUN, arguments, copy_model, golden, write_examples
 
-from minilm_fast import checkpoint
+from minilm_fast import backend, checkpoint
 from minilm_fast.data.masking import Feature
 from minilm_fast.modeling.seq2seq import Seq2SeqModel
+from minilm_fast.ops._dispatch import EXTENSION_ERROR
 from minilm_fast.run_seq2seq import build_parser, main, make_trainer
 from minilm_fast.training import checkpointing
 from minilm_fast.training.loop import Trainer
@@ -71,7 +72,15 @@ def test_linear_schedule() -> None:
 
 
 @pytest.mark.parametrize("case", golden("trajectories.json"), ids=lambda c: c["name"])
-def test_whole_runs_follow_the_original(case: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+def test_whole_runs_follow_the_original(case: dict, backend_name: str, tmp_path: Path) -> None:
+    if backend_name == "cpu" and EXTENSION_ERROR is not None:
+        pytest.skip(EXTENSION_ERROR)
+    with backend(backend_name):
+        _follow(case, tmp_path)
+
+
+def _follow(case: dict, tmp_path: Path) -> None:
     model = copy_model(tmp_path / "model", case["model"], **NO_DROPOUT)
     flags = {name: value for name, value in case["cli_args"].items() if name != "model_type"}
     args = build_parser().parse_args(arguments(tmp_path, model, **flags))

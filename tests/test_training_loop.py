@@ -218,7 +218,7 @@ def test_a_signal_finishes_the_step_and_saves(
 
 def test_full_disk_while_saving(finished: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    write = checkpointing._write_state
+    write = checkpointing.write_archive
     saved = []
 
     def full(state: Any, file: Any) -> None:
@@ -229,7 +229,7 @@ def test_full_disk_while_saving(finished: Path, run: Any, tmp_path: Path, monkey
         write(state, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointing, "_write_state", full)
+        patch.setattr(checkpointing, "write_archive", full)
         status, err = run()
     assert status == 2
     assert err.splitlines()[-1].startswith(f"error: {out / 'optim.6.bin'}: cannot be written: No space left")
@@ -238,28 +238,44 @@ def test_full_disk_while_saving(finished: Path, run: Any, tmp_path: Path, monkey
     _assert_equal(finished / "ckpt-6", out / "ckpt-6")
 
 
-@pytest.mark.parametrize("limit", [40_000, 600_000], ids=["state", "weights"])
-def test_a_file_that_cannot_grow(limit: int, place: Path, tmp_path: Path) -> None:
-    """The real error of a write, through PyTorch's and safetensors' writers."""
-    code = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from minilm_fast.training.checkpointing import RunFolder\n"
-        "claim = RunFolder.claim\n"
-        "def limited(folder, *a, **k):\n"
-        "    claim(folder, *a, **k)\n"
-        f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "RunFolder.claim = limited\n"
-        "from minilm_fast.run_seq2seq import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    out = tmp_path / "out"
-    command = arguments(place, place / "model", **RUN, output_dir=out)
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {out}"), done.stderr
-    assert "File too large" in done.stderr and "Traceback" not in done.stderr
-    assert not list(out.glob(".*.tmp")) and checkpointing.latest_step(out) is None
+# Runs in which files cannot grow from some point on; each in a child, as the limit cannot be lifted.
+LIMITED_RUNS = """
+import json, os, resource, signal, sys
+import forked_runs
+from minilm_fast.training.checkpointing import RunFolder
+from minilm_fast.training.seq2seq import Seq2SeqTask
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+def limit(owner, method, log):
+    whole = getattr(owner, method)
+    def limited(*given, **more):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        return whole(*given, **more)
+    setattr(owner, method, limited)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+
+for name, command in json.loads(sys.argv[1]).items():
+    place = (RunFolder, "claim") if name == "state" else (Seq2SeqTask, "save_weights")
+    print(name, forked_runs.wait(forked_runs.fork(command, lambda: limit(*place, name + ".log"))))
+"""
+
+
+def test_files_that_cannot_grow(place: Path, tmp_path: Path) -> None:
+    """The real error of a write, through the writers of PyTorch and safetensors."""
+    formats = {"state": "both", "safetensors": "safetensors", "bin": "bin"}
+    commands = {
+        name: arguments(place, place / "model", **RUN, output_dir=tmp_path / name, save_format=save_format)
+        for name, save_format in formats.items()
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(DRIVER.parent), *sys.path])}
+    script = [sys.executable, "-c", LIMITED_RUNS, json.dumps(commands)]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:3] == ["state 2", "safetensors 2", "bin 2"], done.stderr
+    for name in formats:
+        out, log = tmp_path / name, (tmp_path / f"{name}.log").read_text()
+        assert log.splitlines()[-1].startswith(f"error: {out}"), log
+        assert "File too large" in log and "Traceback" not in log
+        assert not list(out.glob(".*.tmp")) and checkpointing.latest_step(out) is None
 
 
 def _trainer(place: Path, out: Path, **flags: object) -> Trainer:

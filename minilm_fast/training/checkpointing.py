@@ -10,11 +10,12 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from minilm_fast.atomic import atomic_write, remove_quietly, temporary_name
+from minilm_fast.checkpoint import write_archive
 from minilm_fast.errors import UserError
 from minilm_fast.training.distributed import World
 
@@ -65,20 +66,11 @@ def save(output_dir: Path, step: int, state: Mapping[str, Any], save_weights: Ca
     if folder.exists():
         _remove_folder(folder)
     with atomic_write(state_file(output_dir, step)) as file:
-        _write_state(state, file)
+        write_archive(state, file)
     save_weights(folder)
     for old in _state_steps(output_dir)[:-STATES_KEPT]:
         remove_quietly(state_file(output_dir, old))
     return folder
-
-
-def _write_state(state: Mapping[str, Any], file: IO[bytes]) -> None:
-    try:
-        torch.save(dict(state), file)
-    except RuntimeError as error:
-        # The writer hides the error of the stream behind one of its own.
-        cause = error.__context__
-        raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
 
 def _state_steps(output_dir: Path) -> list[int]:
