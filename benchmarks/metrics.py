@@ -1,10 +1,13 @@
 """How far the metrics are from the official programs: question generation under three poolings, and ROUGE-1.5.5.
 
     python benchmarks/metrics.py --gold qg/test.jsonl.xz --predictions qg_nqg_baseline_pred.test.jsonl.xz \
-        --expected qg_expected_scores.json --rouge frank_rouge155_cases.jsonl.xz --meteor pycocoevalcap
+        --expected qg_expected_scores.json --rouge frank_rouge155_cases.jsonl.xz --meteor pycocoevalcap \
+        --perl ROUGE-1.5.5
 
 Predictions are JSON lines with ``pred``; the expected scores are those of pycocoevalcap 1.2 for the same file; each
-case of ``--rouge`` has ``candidate``, ``reference`` and what the Perl script gave for the pair.
+case of ``--rouge`` has ``candidate``, ``reference`` and what the Perl script gave for the pair. ``--perl`` runs that
+script on the same texts, one sentence a line; its folder ``data`` must hold an exception database that the installed
+Perl can read (``buildExeptionDB.pl`` makes it).
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ import datetime
 import json
 import lzma
 import platform
+import re
 import shlex
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +32,7 @@ from report import table
 from minilm_fast import metrics
 from minilm_fast.data.examples import parse_record
 from minilm_fast.errors import UserError
+from minilm_fast.metrics.files import read_exceptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +98,7 @@ def rouge(options: argparse.Namespace) -> str:
     candidates, references = [case["candidate"] for case in cases], [[case["reference"]] for case in cases]
     official = np.array([[[case["rouge155"][f"rouge_{n}_{part}"] for part in PARTS] for n in "12l"] for case in cases])
     own = metrics.rouge_of_each(candidates, references)
-    default = _default_rouge(cases)
+    default = _default_rouge(candidates, references)
     names = sorted({case["dataset"] for case in cases})
     groups = {name: np.array([case["dataset"] == name for case in cases]) for name in names}
     rows = []
@@ -106,18 +113,18 @@ def rouge(options: argparse.Namespace) -> str:
     header = ["set", "cases", "F of", "Perl's mean", "ours equal", "mean diff.", "rouge-score equal", "mean diff."]
     heading = (
         f"ROUGE-1.5.5 (Perl), case by case: equal means within {TOLERANCE:g}; 'rouge-score' is that package with its "
-        "own stemmer, ours has Porter's"
+        "own stemmer, ours has Perl's"
     )
     return f"{heading}\n\n{table(header, rows)}\n\n{_deviations(cases, own, official)}"
 
 
-def _default_rouge(cases: Sequence[dict[str, Any]]) -> np.ndarray:
+def _default_rouge(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     import numpy as np
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeLsum"]
     scorer = RougeScorer(names, use_stemmer=True)
-    found = [scorer.score(case["reference"], case["candidate"]) for case in cases]
+    found = [scorer.score(texts[0], candidate) for candidate, texts in zip(candidates, references, strict=True)]
     return np.array([[scores[name] for name in names] for scores in found])
 
 
@@ -154,6 +161,68 @@ def _deviations(cases: Sequence[dict[str, Any]], own: np.ndarray, official: np.n
     return "\n".join(lines)
 
 
+def perl(options: argparse.Namespace) -> str:
+    """Agreement with the Perl script run now, on texts of several sentences, irregular words looked up as it does."""
+    import numpy as np
+
+    cases = read_records(options.rouge)
+    candidates = [_sentences(case["candidate"]) for case in cases]
+    references = [[_sentences(case["reference"])] for case in cases]
+    official = _run_perl(options.perl, candidates, [texts[0] for texts in references])
+    exceptions = read_exceptions(str(options.perl / "data" / "WordNet-2.0-Exceptions"))
+    systems = {
+        "ours, exceptions": metrics.rouge_of_each(candidates, references, exceptions=exceptions),
+        "ours": metrics.rouge_of_each(candidates, references),
+        "rouge-score": _default_rouge(candidates, references),
+    }
+    rows = []
+    for name, scores in systems.items():
+        difference = scores[:, :, 2] - official
+        for place, label in enumerate(("ROUGE-1", "ROUGE-2", "ROUGE-L")):
+            column = difference[:, place]
+            cells = (f"{np.mean(np.abs(column) <= TOLERANCE):.2%}", f"{100 * column.mean():+.4f}")
+            rows.append([name, label, f"{100 * official[:, place].mean():.3f}", *cells, f"{np.abs(column).max():.5f}"])
+    header = ["", "F of", "Perl's mean", "equal", "mean diff.", "largest diff."]
+    heading = f"ROUGE-1.5.5 run now with its exception database, {len(cases)} texts of several sentences"
+    return f"{heading}\n\n{table(header, rows)}"
+
+
+def _sentences(text: str) -> str:
+    return text.replace(" . ", " .\n")
+
+
+def _run_perl(folder: Path, candidates: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """F of each pair, ``[pairs, 3]``.
+
+    Raises:
+        UserError: the script cannot be run.
+    """
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        # The script loads an XML parser, which lists of plain files do not need.
+        (scratch / "XML").mkdir()
+        (scratch / "XML" / "DOM.pm").write_text(
+            "package XML::DOM; package XML::DOM::Parser; sub new { bless {}, shift } 1;"
+        )
+        pairs = []
+        for place, texts in enumerate(zip(candidates, references, strict=True)):
+            names = [scratch / f"{place}.{kind}" for kind in ("peer", "model")]
+            for path, text in zip(names, texts, strict=True):
+                path.write_text(text + "\n", encoding="utf-8")
+            pairs.append(" ".join(map(str, names)))
+        (scratch / "list").write_text("\n".join(pairs) + "\n")
+        load = f'unshift @INC, "{scratch}"; do "{(folder / "ROUGE-1.5.5.pl").resolve()}" or die $@ || $!;'
+        flags = ["-e", str(folder / "data"), "-c", "95", "-m", "-r", "1", "-n", "2", "-a", "-d", "-z", "SPL"]
+        command = ["perl", "-e", load, "--", *flags, str(scratch / "list")]
+        found = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    scores = re.findall(r"^X ROUGE-[12L] Eval [0-9]+\.X R:\S+ P:\S+ F:(\S+)", found.stdout, re.MULTILINE)
+    if len(scores) != 3 * len(candidates):
+        raise UserError(f"--perl {folder}: {(found.stderr.strip() or 'no scores').splitlines()[-1]}")
+    return np.array(scores, dtype=np.float64).reshape(3, -1).T
+
+
 def main() -> None:
     """Prints the comparisons that files are given for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -162,6 +231,7 @@ def main() -> None:
     add("--predictions", type=Path, metavar="PATH", help="JSON lines with 'pred' and 'id'")
     add("--expected", type=Path, metavar="PATH", help="their official scores")
     add("--rouge", type=Path, metavar="PATH", help="cases with the scores of ROUGE-1.5.5")
+    add("--perl", type=Path, metavar="FOLDER", help="of ROUGE-1.5.5, to be run on the cases of --rouge")
     add("--meteor", choices=metrics.METEORS, help="METEOR too (needs Java)")
     options = parser.parse_args()
     questions = (options.gold, options.predictions, options.expected)
@@ -169,19 +239,22 @@ def main() -> None:
         parser.error("--gold, --predictions and --expected belong together")
     if not any((*questions, options.rouge)):
         parser.error("give --gold, --predictions and --expected, or --rouge")
+    if options.perl and not options.rouge:
+        parser.error("--perl needs --rouge")
     packages = ", ".join(f"{name} {version(name)}" for name in ("rouge-score", "sacrebleu", "nltk"))
     print(f"{datetime.date.today()}  python {platform.python_version()}, {packages}")
     print(f"python benchmarks/metrics.py {shlex.join(_short(sys.argv[1:]))}")
     try:
         parts = [question_generation(options)] if options.gold else []
         parts += [rouge(options)] if options.rouge else []
+        parts += [perl(options)] if options.perl else []
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     print("\n" + "\n\n".join(parts))
 
 
 def _short(argv: Sequence[str]) -> list[str]:
-    return [Path(argument).name if Path(argument).is_file() else argument for argument in argv]
+    return [Path(argument).name if Path(argument).exists() else argument for argument in argv]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from minilm_fast.metrics.files import (
     SUMMARY_FIELDS,
     TEXT,
     find_predictions,
+    read_exceptions,
     read_gold,
     read_lines,
 )
@@ -32,7 +33,7 @@ from minilm_fast.metrics.tasks import QUESTIONS, question_texts, summary_predict
 
 # What examples that share it are pooled by: the field of the gold file.
 POOL_KEYS = {"none": "", "passage": "src", "sentence": "sent_tok"}
-_SUMMARY_FLAGS = ("trunc_len", "duplicate_rate", "bootstrap")
+_SUMMARY_FLAGS = ("trunc_len", "duplicate_rate", "bootstrap", "wordnet_exceptions")
 _QUESTION_FLAGS = ("pool_key", "pool_file", "tokenization", "meteor")
 _COLUMNS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "bleu4": "BLEU-4", "meteor": "METEOR", "rougeL": "ROUGE-L"}
 
@@ -57,7 +58,7 @@ def build_parser() -> ArgumentParser:
     _add_summaries(parser.add_argument_group("summaries (xsum, cnndm, gigaword)"))
     _add_questions(parser.add_argument_group("questions (qg)"))
     ignored = parser.add_argument_group("accepted without effect")
-    ignored.add_argument("--perl", action="store_true", help="no effect: ROUGE is that of the Perl script either way")
+    ignored.add_argument("--perl", action="store_true", help="no effect: see --wordnet_exceptions")
     ignored.add_argument("--lazy_eval", action="store_true", help="no effect: files are always scored")
     return parser
 
@@ -85,6 +86,12 @@ def _add_summaries(group: argparse._ArgumentGroup) -> None:
         "--duplicate_rate",
         type=_rate,
         help="cnndm: drop a sentence if more than this share of its words came before; 0: none (default: 0.7)",
+    )
+    add(
+        "--wordnet_exceptions",
+        metavar="FOLDER",
+        help="WordNet's *.exc files: irregular words become their base forms, which makes ROUGE equal to the Perl "
+        "script's (default: they are stemmed like others, and scores are lower)",
     )
     add(
         "--bootstrap",
@@ -170,7 +177,7 @@ class Evaluation:
                 say("done", note)
 
     def _check_flags(self) -> None:
-        others = _SUMMARY_FLAGS if self.task.kind == QUESTIONS else _QUESTION_FLAGS
+        others: tuple[str, ...] = _SUMMARY_FLAGS if self.task.kind == QUESTIONS else _QUESTION_FLAGS
         if self.args.task != "cnndm":
             others = (*others, "duplicate_rate")
         for name in others:
@@ -207,11 +214,14 @@ class Evaluation:
         args, raw = self.args, self.gold.field is not None
         texts = (self.gold.references[place] for place in self.kept)
         references = [[summary_reference(args.task, text, raw) for text in those] for those in texts]
+        exceptions = read_exceptions(args.wordnet_exceptions) if args.wordnet_exceptions else None
         scored = []
         for name, lines in predictions.items():
             prepared = [summary_prediction(args.task, line, args.trunc_len, args.duplicate_rate) for line in lines]
             processes = args.processes or available_cores()
-            found = rouge(prepared, references, resamples=args.bootstrap or 0, processes=processes)
+            found = rouge(
+                prepared, references, exceptions=exceptions, resamples=args.bootstrap or 0, processes=processes
+            )
             details: dict[str, Any] = {
                 key: {metric: getattr(score, key) for metric, score in found.items()} for key in ("precision", "recall")
             }
@@ -226,6 +236,9 @@ class Evaluation:
         length = task.trunc_len if args.trunc_len is None else args.trunc_len
         self.method["ROUGE"] = (
             f"F x 100, rouge-score {version('rouge-score')}, Porter stemming as ROUGE-1.5.5 -m; ROUGE-L over sentences"
+        )
+        self.method["exceptions"] = (
+            args.wordnet_exceptions or "none (no --wordnet_exceptions): the Perl script's ROUGE is higher"
         )
         if max(len(self.gold.references[place]) for place in self.kept) > 1:
             self.method["references"] = "of several the one with the highest F counts"

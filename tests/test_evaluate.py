@@ -73,6 +73,27 @@ def test_json_on_standard_output(run, folder):
     assert report["task"] == "xsum" and report["files"][0]["file"] == "ckpt-500.dev"
 
 
+def test_irregular_words(run, folder):
+    Path("lists").mkdir()
+    for part, text in {
+        "noun": "mice mouse\n",
+        "verb": "held hold cling\n",
+        "adj": "best good\n",
+        "adv": "",
+    }.items():
+        write(f"lists/{part}.exc", text or "best well\n")
+    write("gold.txt", "they hold it well\n")
+    write("pred", "they held it best\n")
+    argv = (*XSUM, "--pred", "pred", "--json", "-")
+    report = json.loads(run(*argv, "--wordnet_exceptions", "lists").out)
+    assert report["files"][0]["scores"]["rouge2"] == 100 and report["method"]["exceptions"] == "lists"
+    plain = json.loads(run(*argv).out)
+    assert plain["files"][0]["scores"]["rouge1"] == 50 and plain["method"]["exceptions"].startswith("none")
+    write("lists/adj.exc", "best good\nlonely\n")
+    assert "lists/adj.exc:2: not a word and its base form" in run(*argv, "--wordnet_exceptions", "lists").error()
+    assert "cannot read no/noun.exc" in run(*argv, "--wordnet_exceptions", "no").error()
+
+
 def test_confidence_interval(run, folder):
     outcome = run(*XSUM, "--pred", "ckpt-500.dev", "--bootstrap", "200", "--json", "scores.json")
     scores = json.loads(Path("scores.json").read_text())["files"][0]

@@ -60,6 +60,33 @@ def test_rouge_stems_as_porter_did():
     assert metrics.rouge(["aged running"], [["age runs"]], stemming=False)["rouge1"].f == 0
 
 
+@pytest.mark.parametrize(
+    ("word", "stem"),
+    # Words that the stemmer of the Perl script treats otherwise than NLTK's, and some that all treat alike.
+    [
+        ("aged", "ag"),
+        ("environmental", "environ"),
+        ("congressional", "congress"),
+        ("replacement", "replac"),
+        ("adoption", "adopt"),
+        ("argument", "argum"),
+        ("cement", "cement"),
+        ("relational", "relat"),
+        ("skies", "ski"),
+    ],
+)
+def test_stems_of_the_perl_script(word, stem):
+    assert rouge_scores.perl_stemmer()(word) == stem
+
+
+def test_irregular_words():
+    assert metrics.rouge(["she held it"], [["she holds it"]])["rouge1"].f == pytest.approx(200 / 3)
+    # What is looked up is not stemmed; words of three letters are not looked up.
+    exceptions = {"held": "hold", "worse": "bad", "she": "her"}
+    assert metrics.rouge(["she held it"], [["she holds it"]], exceptions=exceptions)["rouge1"].f == 100
+    assert metrics.rouge(["worse"], [["bad"]], exceptions=exceptions)["rouge1"].f == 100
+
+
 def test_rouge_in_several_processes():
     generator = random.Random(0)
     words = ["alpha", "beta", "gamma", "delta", "running", "runs"]

@@ -86,6 +86,26 @@ def read_gold(name: str, file_format: str | None, fields: Sequence[str]) -> Gold
     return gold
 
 
+def read_exceptions(folder: str) -> dict[str, str]:
+    """Base forms of irregular words, from WordNet's files ``noun.exc``, ``verb.exc``, ``adj.exc`` and ``adv.exc``.
+
+    ROUGE-1.5.5 has them in ``data/WordNet-2.0-Exceptions``, NLTK's download ``wordnet`` those of version 3.0. Each line
+    is a word and its base forms, the first of which counts; a word of several files is the last one's.
+
+    Raises:
+        UserError: a file is missing or a line has no base form.
+    """
+    found: dict[str, str] = {}
+    for part in ("noun", "verb", "adj", "adv"):
+        path = os.path.join(folder, f"{part}.exc")
+        for number, line in enumerate(read_lines(path), 1):
+            words = line.split()
+            if len(words) < 2:
+                raise UserError(f"{path}:{number}: not a word and its base form")
+            found[words[0]] = words[1]
+    return found
+
+
 def find_predictions(patterns: Sequence[str]) -> list[str]:
     """The files that names and patterns mean, without the side files of decoding and scoring.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -22,6 +22,25 @@ ROUGE_TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
 CONFIDENCE = 0.95
 _LONGEST_UNSTEMMED = 3
 _CHUNK = 256
+# Suffixes of Porter's step 4 but for -ment, -ent and -ion.
+_STEP_4 = (
+    "al",
+    "ance",
+    "ence",
+    "er",
+    "ic",
+    "able",
+    "ible",
+    "ant",
+    "ement",
+    "ou",
+    "ism",
+    "ate",
+    "iti",
+    "ous",
+    "ive",
+    "ize",
+)
 _WORD = re.compile("[a-z0-9]+")
 
 
@@ -39,14 +58,14 @@ class RougeScore:
 class _Tokenizer:
     """Letters and digits in lower case; words of more than three are stemmed.
 
-    rouge-score's own tokenizer has the Porter stemmer in NLTK's variant, ROUGE-1.5.5 has Martin Porter's.
+    Args:
+        stemming: whether to.
+        exceptions: base forms of irregular words, which come before the stemmer.
     """
 
-    def __init__(self, stemming: bool) -> None:
-        from nltk.stem.porter import PorterStemmer
-
-        self._stem = PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS).stem if stemming else None
-        self._stems: dict[str, str] = {}
+    def __init__(self, stemming: bool, exceptions: Mapping[str, str]) -> None:
+        self._stem = perl_stemmer() if stemming else None
+        self._stems = dict(exceptions)
 
     def tokenize(self, text: str) -> list[str]:
         words = _WORD.findall(text.lower())
@@ -62,11 +81,36 @@ class _Tokenizer:
         return stem
 
 
+def perl_stemmer() -> Callable[[str], str]:
+    """Porter's stemmer as it is in ROUGE-1.5.5.
+
+    rouge-score's own tokenizer has NLTK's variant of it. The Perl script has Martin Porter's, and in step 4 removes
+    several suffixes one after the other: ``environmental`` becomes ``environ``, not ``environment``.
+    """
+    from nltk.stem.porter import PorterStemmer
+
+    class Stemmer(PorterStemmer):
+        def _step4(self, word: str) -> str:
+            for suffixes in (_STEP_4, ("ment",)):
+                word = self._without(word, next(filter(word.endswith, suffixes), ""))
+            if word.endswith("ent"):
+                return self._without(word, "ent")
+            return self._without(word, "ion") if word.endswith(("sion", "tion")) else word
+
+        def _without(self, word: str, suffix: str) -> str:
+            stem = word[: len(word) - len(suffix)]
+            return stem if self._measure(stem) > 1 else word
+
+    stem: Callable[[str], str] = Stemmer(mode=PorterStemmer.MARTIN_EXTENSIONS).stem
+    return stem
+
+
 def rouge(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
     stemming: bool = True,
+    exceptions: Mapping[str, str] | None = None,
     resamples: int = 0,
     seed: int = 0,
     processes: int = 1,
@@ -77,6 +121,8 @@ def rouge(
         predictions: one text an example, a sentence a line; empty ones score 0.
         references: one or more texts an example, likewise. Of several the one with the highest F counts.
         stemming: Porter's stemmer, as ``ROUGE-1.5.5 -m``.
+        exceptions: base forms of irregular words (``held``: ``hold``), which that script looks up before it stems;
+            :func:`minilm_fast.metrics.files.read_exceptions` reads them.
         resamples: draws of the bootstrap that gives the confidence interval of F (1000 in the seed's scripts); 0: none.
         seed: of these draws.
         processes: that share the work.
@@ -88,7 +134,7 @@ def rouge(
         ValueError: no examples, not as many predictions as references, or an example without a reference.
         UserError: rouge-score is not installed, or one of the processes was killed.
     """
-    scores = rouge_of_each(predictions, references, stemming=stemming, processes=processes)
+    scores = rouge_of_each(predictions, references, stemming=stemming, exceptions=exceptions, processes=processes)
     means = 100 * scores.mean(axis=0)
     bounds = 100 * _interval(scores[:, :, 2], resamples, seed) if resamples else None
     return {
@@ -98,7 +144,12 @@ def rouge(
 
 
 def rouge_of_each(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], *, stemming: bool = True, processes: int = 1
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    stemming: bool = True,
+    exceptions: Mapping[str, str] | None = None,
+    processes: int = 1,
 ) -> np.ndarray:
     """Scores of every example; arguments and errors as for :func:`rouge`.
 
@@ -109,11 +160,12 @@ def rouge_of_each(
 
     check_examples(predictions, references)
     starts = range(0, len(predictions), _CHUNK)
-    chunks = [(predictions[i : i + _CHUNK], references[i : i + _CHUNK], stemming) for i in starts]
+    words = exceptions or {}
+    chunks = [(predictions[i : i + _CHUNK], references[i : i + _CHUNK], stemming, words) for i in starts]
     if processes <= 1 or len(chunks) == 1:
         rows = [_score_chunk(*chunk) for chunk in chunks]
     else:
-        _scorer(stemming)
+        _scorer(stemming, words)
         try:
             with ProcessPoolExecutor(min(processes, len(chunks))) as pool:
                 rows = list(pool.map(_score_chunk, *zip(*chunks, strict=True)))
@@ -140,18 +192,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _scorer(stemming: bool) -> Any:
+def _scorer(stemming: bool, exceptions: Mapping[str, str]) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise missing("rouge-score") from None
-    return RougeScorer(list(ROUGE_TYPES.values()), tokenizer=_Tokenizer(stemming))
+    return RougeScorer(list(ROUGE_TYPES.values()), tokenizer=_Tokenizer(stemming, exceptions))
 
 
 def _score_chunk(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], stemming: bool
+    predictions: Sequence[str], references: Sequence[Sequence[str]], stemming: bool, exceptions: Mapping[str, str]
 ) -> list[list[tuple[float, float, float]]]:
-    scorer = _scorer(stemming)
+    scorer = _scorer(stemming, exceptions)
     pairs = zip(predictions, references, strict=True)
     found = (scorer.score_multi(texts, prediction) for prediction, texts in pairs)
     return [[tuple(scores[name]) for name in ROUGE_TYPES.values()] for scores in found]
