@@ -275,6 +275,9 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("random_prob", "keep_prob"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} must be between 0 and 1")
+    for name in ("source_mask_prob", "target_mask_prob"):
+        if not -1 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be between 0 and 1, or negative for none")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ import torch
 from training_files import NO_DROPOUT, RUN, arguments, copy_model, write_examples
 
 from minilm_fast import backend, checkpoint
+from minilm_fast.errors import UserError
 from minilm_fast.run_seq2seq import build_parser, main, make_trainer
-from minilm_fast.training import checkpointing
+from minilm_fast.training import checkpointing, loop
+from minilm_fast.training.distributed import World
 from minilm_fast.training.flops import queried_pairs, seen_pairs, sequence_to_sequence_flops
-from minilm_fast.training.loop import MOST_SKIPPED_IN_A_ROW, Trainer
+from minilm_fast.training.loop import Trainer
 from minilm_fast.training.reporting import Meter, StepReport
 from minilm_fast.training.seq2seq import Seq2SeqTask
 
@@ -109,6 +111,29 @@ def test_weights_that_were_cut_off_fall_back_too(finished: Path, run: Any, tmp_p
     weights.write_bytes(weights.read_bytes()[:-7])
     status, err = run()
     assert status == 0 and "warning: " in err and "resuming after step 3" in err
+    _assert_equal(finished / "ckpt-6", out / "ckpt-6")
+
+
+def test_what_is_saved_after_falling_back_is_kept(finished: Path, run: Any, tmp_path: Path) -> None:
+    """Damaged checkpoints of later steps do not count among the last ones."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out, symlinks=True)
+    for step in (7, 8):
+        shutil.copytree(out / "ckpt-6", out / f"ckpt-{step}")
+    for step in (6, 7, 8):
+        (out / f"optim.{step}.bin").write_bytes(b"damaged")
+    with checkpointing.run_folder(World({}), out) as folder:
+        words = arguments(finished.parent, finished.parent / "model", **(RUN | {"output_dir": out}))
+        trainer = make_trainer(build_parser().parse_args(words))
+        trainer.prepare(folder)
+        assert trainer.step == 3
+        trainer.task.module.train()
+        trainer.train_step()
+        trainer.save()
+        checkpointing.prune(out, 4, limit=1, best=None)
+    assert checkpointing.whole_steps(out) == [4]
+    assert sorted(path.name for path in out.glob("optim.*")) == ["optim.4.bin"]
+    assert run()[0] == 0
     _assert_equal(finished / "ckpt-6", out / "ckpt-6")
 
 
@@ -300,7 +325,7 @@ def test_gradients_that_are_not_finite_stop_the_run(place: Path, tmp_path: Path)
     _poison(trainer, {2})
     trainer.train_step()
     before = {name: tensor.clone() for name, tensor in trainer.task.module.state_dict().items()}
-    with pytest.raises(Exception, match=r"step 2: the norm of the gradients is nan; try a lower --learning_rate"):
+    with pytest.raises(UserError, match=r"step 2: the norm of the gradients is nan; try a lower --learning_rate"):
         trainer.train_step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.task.module.state_dict().items())
 
@@ -338,12 +363,14 @@ def test_fp16_skips_and_counts_steps(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("reference")
-def test_fp16_gives_up_when_nothing_helps(place: Path, tmp_path: Path) -> None:
-    trainer = _trainer(place, tmp_path / "out", fp16=True, num_training_steps=1000)
-    _poison(trainer, set(range(1000)))
-    with pytest.raises(Exception, match=f"step {MOST_SKIPPED_IN_A_ROW + 1}: .* --bf16"):
-        for _ in range(MOST_SKIPPED_IN_A_ROW + 1):
-            trainer.train_step()
+def test_fp16_gives_up_when_nothing_helps(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "MOST_SKIPPED_IN_A_ROW", 3)
+    trainer = _trainer(place, tmp_path / "out", fp16=True)
+    _poison(trainer, set(range(10)))
+    for _ in range(3):
+        assert trainer.train_step().skipped
+    with pytest.raises(UserError, match=r"step 4: the norm of the gradients is nan as in the 3 steps before; .*--bf16"):
+        trainer.train_step()
 
 
 @pytest.mark.usefixtures("reference")

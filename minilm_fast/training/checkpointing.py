@@ -68,8 +68,12 @@ def save(output_dir: Path, step: int, state: Mapping[str, Any], save_weights: Ca
     with atomic_write(state_file(output_dir, step)) as file:
         write_archive(state, file)
     save_weights(folder)
-    for old in _state_steps(output_dir)[:-STATES_KEPT]:
-        remove_quietly(state_file(output_dir, old))
+    states = _state_steps(output_dir)
+    kept = [number for number in states if number <= step][-STATES_KEPT:]
+    for number in states:
+        # Those of later steps turned out to be of no use, or the run would have gone on from there.
+        if number not in kept:
+            remove_quietly(state_file(output_dir, number))
     return folder
 
 
@@ -103,14 +107,14 @@ def read_state(output_dir: Path, step: int) -> dict[str, Any]:
         raise UserError(f"cannot resume from {path}: {reason}") from None
 
 
-def prune(output_dir: Path, limit: int | None, best: int | None) -> None:
-    """Remove the weights of all but the last ``limit`` steps and the best; None keeps all."""
+def prune(output_dir: Path, step: int, limit: int | None, best: int | None) -> None:
+    """Remove the weights of all but the last ``limit`` steps up to ``step`` and the best; None keeps all."""
     if limit is None:
         return
-    for step in weight_steps(output_dir)[:-limit]:
-        if step != best:
-            remove_quietly(state_file(output_dir, step))
-            _remove_folder(checkpoint_folder(output_dir, step))
+    for old in [number for number in weight_steps(output_dir) if number <= step][:-limit]:
+        if old != best:
+            remove_quietly(state_file(output_dir, old))
+            _remove_folder(checkpoint_folder(output_dir, old))
 
 
 def point_to_best(output_dir: Path, step: int) -> None:

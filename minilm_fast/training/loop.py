@@ -296,7 +296,7 @@ class Trainer:
             if best is not None:
                 checkpointing.point_to_best(self.output_dir, best["step"])
             limit = self.options.save_total_limit
-            checkpointing.prune(self.output_dir, limit, best["step"] if best else None)
+            checkpointing.prune(self.output_dir, self.step, limit, best["step"] if best else None)
 
         self.world.on_main(write)
         if self.reporter is not None:
@@ -318,7 +318,7 @@ class Trainer:
         self.task.module.train()
         self._start_reporter()
         try:
-            if self._is_save_step() and self.step == self.saved_step and not self.history.has(self.step):
+            if self.record.get("step") == self.step and not self.history.has(self.step):
                 self.evaluate()
             with DeferredSignals() as signals:
                 while self.step < self.options.total_steps:
