@@ -13,7 +13,7 @@ from kernel_checks import DTYPES, EPSILON, ISAS, assert_accurate, instruction_se
 
 from minilm_fast import ops
 from minilm_fast.ops import SequenceLayout, reference
-from minilm_fast.ops.attention import _reference_backward
+from minilm_fast.ops.attention import _reference_backward, _reference_projected_backward
 from minilm_fast.ops.dropout import dropout_factors
 
 COUNTS = {
@@ -230,6 +230,44 @@ def test_the_specification_is_differentiated_right(queries: list[int] | None) ->
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_projection(dtype: torch.dtype, backend: str, apart: bool) -> None:
+    """The same results and gradients as the three operands on their own, bit for bit."""
+    layout = SequenceLayout.pseudo_masked([20, 3, 0], [9, 0, 4])
+    if apart:
+        layout = layout.with_queries([11, 0, 8])
+    case = Case(layout, 16, dtype, bias="consecutive", dropout=0.1)
+    parts = [x.detach() for x in case.inputs[apart:3]]
+    projection = torch.stack(parts, dim=1).requires_grad_()
+    queries = case.inputs[0].clone().requires_grad_() if apart else None
+    table = case.inputs[3].clone().requires_grad_()
+    with ops.backend(backend):
+        out, lse = ops.projected_attention(projection, layout, queries=queries, relative_bias=table, **case.options)
+        out.backward(case.grad)
+        expected = ops.attention(*case.inputs[:3], layout, relative_bias=case.inputs[3], **case.options)
+        gradients = case.gradients(ops.attention)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    found = [table.grad, *projection.grad.unbind(1)]
+    if queries is not None:
+        found.insert(1, queries.grad)
+    assert all(map(torch.equal, found, [gradients[3], *gradients[:3]]))
+
+
+def test_shapes_of_a_projection() -> None:
+    layout = SequenceLayout.bidirectional([5])
+    with pytest.raises(ValueError, match=r"projection must be \[tokens, 3, heads, head_dim\], got \(5, 2, 2, 8\)"):
+        ops.projected_attention(torch.zeros(5, 2, 2, 8), layout)
+    with pytest.raises(ValueError, match=r"projection must be \[tokens, 2, heads, head_dim\], got \(5, 3, 2, 8\)"):
+        ops.projected_attention(torch.zeros(5, 3, 2, 8), layout, queries=torch.zeros(5, 2, 8))
+    sequence = [layout.cu_seqlens, layout.segments, None, 5, 0.3, None, None, 0.0, None]
+    with pytest.raises(RuntimeError, match="projected_attention: projection must have the shape"):
+        torch.ops.minilm_fast.projected_attention(torch.zeros(5, 2, 2, 8), None, *sequence)
+    with pytest.raises(RuntimeError, match="attention: q must be"):
+        torch.ops.minilm_fast.projected_attention(torch.zeros(5, 3, 2, 8, dtype=torch.float64), None, *sequence)
+
+
 def _arguments(**changes: object) -> list[object]:
     layout = SequenceLayout.pseudo_masked([5, 2], [3, 1])
     bias, positions = torch.randn(2, 9), torch.arange(layout.total, dtype=torch.int32)
@@ -266,6 +304,20 @@ def test_opcheck() -> None:
     _, q, k, v, _, _, *rest = _arguments()
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.minilm_fast.attention.default, [*leaves, *rest[:-1]])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_opcheck_projection(apart: bool) -> None:
+    _, q, k, v, _, _, *layout, _ = _arguments()
+    projection = torch.stack([k, v] if apart else [q, k, v], dim=1).requires_grad_()
+    queries = q.clone().requires_grad_() if apart else None
+    torch.library.opcheck(torch.ops.minilm_fast.projected_attention.default, [projection, queries, *layout])
+    out, lse = torch.ops.minilm_fast.projected_attention(projection.detach(), queries, *layout)
+    given = [torch.randn_like(q), projection.detach(), None if queries is None else q, out.detach(), lse, *layout, True]
+    torch.library.opcheck(torch.ops.minilm_fast.projected_attention_backward.default, given)
+    found = torch.ops.minilm_fast.projected_attention_backward(*given)
+    for ours, theirs in zip(found, _reference_projected_backward(*given), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_reference_where_nothing_is_compiled() -> None:

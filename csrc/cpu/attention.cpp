@@ -68,7 +68,22 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   return {out, lse};
 }
 
+std::tuple<at::Tensor, at::Tensor> projected_attention(const at::Tensor& projection,
+                                                       const std::optional<at::Tensor>& queries,
+                                                       const at::Tensor& cu_seqlens, const at::Tensor& segments,
+                                                       const std::optional<at::Tensor>& cu_queries, int64_t max_seqlen,
+                                                       double scale, const std::optional<at::Tensor>& relative_bias,
+                                                       const std::optional<at::Tensor>& position_ids, double dropout,
+                                                       const std::optional<at::Tensor>& seed) {
+  const Projection parts = split_projection("projected_attention", projection, queries);
+  return attention(parts.q, parts.k, parts.v, cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias,
+                   position_ids, dropout, seed);
+}
+
 }  // namespace
 }  // namespace minilm_fast
 
-TORCH_LIBRARY_IMPL(minilm_fast, CPU, m) { m.impl("attention", &minilm_fast::attention); }
+TORCH_LIBRARY_IMPL(minilm_fast, CPU, m) {
+  m.impl("attention", &minilm_fast::attention);
+  m.impl("projected_attention", &minilm_fast::projected_attention);
+}

@@ -48,19 +48,17 @@ inline void multiply_pairs(const uint32_t* left0, const uint32_t* left1, const u
 
 // Which of 16 rows keep each of 128 columns: bit r of kept[column] for row + r.
 inline void dropout_columns(const Dropout& dropout, int64_t stream, int64_t row, int64_t block, __mmask16* kept) {
-  BitVec rows = {};
-  for (int i = 0; i < kLanes; ++i) rows[i] = static_cast<uint32_t>(row + i);
-  const WideVec lanes = reinterpret_cast<WideVec>(rows);
-  const __m512i threshold = _mm512_set1_epi32(static_cast<int>(dropout.threshold));
-  const WideVec streams = wide(static_cast<uint32_t>(stream));
+  const __m512i last = _mm512_set1_epi32(static_cast<int>(last_dropped(dropout)));
+  const uint64_t c2 = static_cast<uint32_t>(stream);
   for (int64_t lane = 0; lane < 16; ++lane) {
-    const WideVec counter = wide(static_cast<uint32_t>(16 * block + lane));
-    Halves c0{counter, counter}, c1{lanes, lanes >> 32}, c2{streams, streams}, c3;
-    philox(dropout, c0, c1, c2, c3);
-    const BitVec words[4] = {join(c0), join(c1), join(c2), join(c3)};
+    const uint64_t c0 = static_cast<uint32_t>(16 * block + lane);
+    BitVec words[4];
+    philox_words(
+        dropout, ascending(row),
+        [&](WideVec c1) { return PhiloxState<uint64_t, WideVec, uint64_t, uint64_t>{c0, c1, c2, 0}; }, words);
     for (int i = 0; i < 4; ++i) {
-      kept[lane + 32 * i] = _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(words[i] & 0xffffu), threshold);
-      kept[lane + 32 * i + 16] = _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(words[i] >> 16), threshold);
+      kept[lane + 32 * i] = _mm512_cmpgt_epu32_mask(reinterpret_cast<__m512i>(words[i] << 16), last);
+      kept[lane + 32 * i + 16] = _mm512_cmpgt_epu32_mask(reinterpret_cast<__m512i>(words[i]), last);
     }
   }
 }

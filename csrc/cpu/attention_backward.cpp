@@ -27,10 +27,6 @@ struct Results {
   const at::Tensor &grad_out, &out, &lse;
 };
 
-struct Destination {
-  at::Tensor q, k, v;  // [rows, heads, size], a row's heads and sizes contiguous
-};
-
 // Sums [batch, heads, bins] over the batch, always in the same order.
 at::Tensor sum_over_batch(const at::Tensor& parts) {
   const int64_t batch = parts.size(0), count = parts.size(1) * parts.size(2);
@@ -45,9 +41,10 @@ at::Tensor sum_over_batch(const at::Tensor& parts) {
   return total;
 }
 
-// Writes the gradients of q, k and v; returns that of the relative bias, or an empty tensor.
+// Writes the gradients of q, k and v, in each of whose rows [heads, size] is contiguous; returns that of the relative
+// bias, or an empty tensor.
 at::Tensor differentiate(const char* op, const Results& results, const AttentionOperands& operands, bool bias_gradient,
-                         const Destination& to) {
+                         const Projection& to) {
   int64_t longest = 0;
   const AttentionProblem problem = make_problem(op, operands, longest);
   const at::Tensor &q = operands.q, &lse = results.lse;
@@ -96,14 +93,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const Optional& seed, bool bias_gradient) {
   const AttentionOperands operands{
       q, k, v, cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed};
-  const Destination to{at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options()),
-                       at::empty(v.sizes(), v.options())};
+  const Projection to{at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options()),
+                      at::empty(v.sizes(), v.options())};
   const at::Tensor grad = with_contiguous_rows(grad_out);
   const at::Tensor bias = differentiate("attention_backward", {grad, out, lse}, operands, bias_gradient, to);
   return {to.q, to.k, to.v, bias};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> projected_attention_backward(
+    const at::Tensor& grad_out, const at::Tensor& projection, const Optional& queries, const at::Tensor& out,
+    const at::Tensor& lse, const at::Tensor& cu_seqlens, const at::Tensor& segments, const Optional& cu_queries,
+    int64_t max_seqlen, double scale, const Optional& relative_bias, const Optional& position_ids, double dropout,
+    const Optional& seed, bool bias_gradient) {
+  constexpr char kOp[] = "projected_attention_backward";
+  const Projection from = split_projection(kOp, projection, queries);
+  const AttentionOperands operands{from.q,     from.k, from.v,        cu_seqlens,   segments, cu_queries,
+                                   max_seqlen, scale,  relative_bias, position_ids, dropout,  seed};
+  const at::Tensor gradient = at::empty(projection.sizes(), projection.options());
+  const at::Tensor own =
+      queries.has_value() ? at::empty(queries->sizes(), queries->options()) : at::empty({0}, projection.options());
+  const Projection to = split_projection(kOp, gradient, queries.has_value() ? Optional(own) : std::nullopt);
+  const at::Tensor grad = with_contiguous_rows(grad_out);
+  return {gradient, own, differentiate(kOp, {grad, out, lse}, operands, bias_gradient, to)};
+}
+
 }  // namespace
 }  // namespace minilm_fast
 
-TORCH_LIBRARY_IMPL(minilm_fast, CPU, m) { m.impl("attention_backward", &minilm_fast::attention_backward); }
+TORCH_LIBRARY_IMPL(minilm_fast, CPU, m) {
+  m.impl("attention_backward", &minilm_fast::attention_backward);
+  m.impl("projected_attention_backward", &minilm_fast::projected_attention_backward);
+}

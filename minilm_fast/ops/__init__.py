@@ -2,7 +2,7 @@
 
 from minilm_fast.ops._dispatch import backend, forced_backend
 from minilm_fast.ops.adamw import adamw
-from minilm_fast.ops.attention import attention
+from minilm_fast.ops.attention import attention, projected_attention
 from minilm_fast.ops.beam import ban_repeated_ngrams, beam_step
 from minilm_fast.ops.decode_attention import decode_attention, store_source
 from minilm_fast.ops.layout import SequenceLayout
@@ -29,6 +29,7 @@ __all__ = [
     "linear",
     "lm_head_topk",
     "pack_weight",
+    "projected_attention",
     "relation_kl",
     "store_source",
 ]

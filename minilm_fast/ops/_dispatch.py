@@ -20,7 +20,14 @@ from minilm_fast.errors import UserError
 PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Operators whose C++ kernel has a backward.
-DIFFERENTIABLE = {"attention", "bias_gelu", "dropout_add_layer_norm", "label_smoothed_cross_entropy", "relation_kl"}
+DIFFERENTIABLE = {
+    "attention",
+    "bias_gelu",
+    "dropout_add_layer_norm",
+    "label_smoothed_cross_entropy",
+    "projected_attention",
+    "relation_kl",
+}
 
 _local = threading.local()
 _warned: set[str] = set()

@@ -13,6 +13,7 @@ For head ``h`` and row ``i`` of a sequence, with ``M_i`` the set of columns the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ _LAYOUT = (
     "Tensor cu_seqlens, Tensor segments, Tensor? cu_queries, SymInt max_seqlen, float scale, Tensor? relative_bias, "
     "Tensor? position_ids, float dropout, Tensor? seed"
 )
-_RELATIVE_BIAS = 8
-"""Place of ``relative_bias`` among the arguments of ``attention``."""
+_BIAS = 5
+"""Place of ``relative_bias`` among the arguments of the layout."""
 
 
 def _reference(
@@ -58,6 +59,35 @@ def _reference(
     )
 
 
+def _split(projection: torch.Tensor, queries: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *own, k, v = projection.unbind(1)
+    return own[0] if queries is None else queries, k, v
+
+
+def _reference_projected(
+    projection: torch.Tensor, queries: torch.Tensor | None, *layout: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _reference(*_split(projection, queries), *layout)
+
+
+def _reference_gradients(
+    grad_out: torch.Tensor,
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    layout: list[Any],
+    bias_gradient: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Of the inputs, then of the relative bias: empty if it is not asked for."""
+
+    def forward(*leaves: torch.Tensor) -> torch.Tensor:
+        bias = leaves[-1] if bias_gradient else layout[_BIAS]
+        return run(*leaves[: len(inputs)], *layout[:_BIAS], bias, *layout[_BIAS + 1 :])[0]
+
+    leaves = (*inputs, layout[_BIAS]) if bias_gradient else tuple(inputs)
+    gradients = torch.func.vjp(forward, *leaves)[1](grad_out)
+    return gradients if bias_gradient else (*gradients, grad_out.new_empty(0, dtype=torch.float32))
+
+
 def _reference_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
@@ -68,29 +98,54 @@ def _reference_backward(
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     *layout, bias_gradient = rest
-    bias = layout[_RELATIVE_BIAS - 3] if bias_gradient else None
-
-    def run(*inputs: torch.Tensor) -> torch.Tensor:
-        if bias is not None:
-            layout[_RELATIVE_BIAS - 3] = inputs[3]
-        return _reference(inputs[0], inputs[1], inputs[2], *layout)[0]
-
-    inputs = (q, k, v) if bias is None else (q, k, v, bias)
-    gradients = torch.func.vjp(run, *inputs)[1](grad_out)
-    return gradients if bias is not None else (*gradients, q.new_empty(0, dtype=torch.float32))
+    return _reference_gradients(grad_out, _reference, (q, k, v), layout, bias_gradient)
 
 
-def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference_projected_backward(
+    grad_out: torch.Tensor,
+    projection: torch.Tensor,
+    queries: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    *layout, bias_gradient = rest
+    if queries is not None:
+        return _reference_gradients(grad_out, _reference_projected, (projection, queries), layout, bias_gradient)
+
+    def run(projection: torch.Tensor, *layout: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return _reference_projected(projection, None, *layout)
+
+    gradient, bias = _reference_gradients(grad_out, run, (projection,), layout, bias_gradient)
+    return gradient, projection.new_empty(0), bias
+
+
+def _fake(q: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _fake_projected(
+    projection: torch.Tensor, queries: torch.Tensor | None, *_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake(_split(projection, queries)[0])
+
+
+def _fake_bias(grad_out: torch.Tensor, rest: tuple[Any, ...]) -> torch.Tensor:
+    *_, bias, _, _, _, bias_gradient = rest
+    return grad_out.new_empty(bias.shape if bias_gradient else (0,), dtype=torch.float32)
 
 
 def _fake_backward(
     grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    relative_bias, bias_gradient = rest[2 + _RELATIVE_BIAS - 3], rest[-1]
-    bias_shape = relative_bias.shape if bias_gradient else (0,)
-    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    return *gradients, q.new_empty(bias_shape, dtype=torch.float32)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), _fake_bias(grad_out, rest)
+
+
+def _fake_projected_backward(
+    grad_out: torch.Tensor, projection: torch.Tensor, queries: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    own = projection.new_empty((0,) if queries is None else queries.shape)
+    return projection.new_empty(projection.shape), own, _fake_bias(grad_out, rest)
 
 
 _op = define(
@@ -102,6 +157,17 @@ _backward_op = define(
     reference=_reference_backward,
     fake=_fake_backward,
 )
+_projected_op = define(
+    f"projected_attention(Tensor projection, Tensor? queries, {_LAYOUT}) -> (Tensor, Tensor)",
+    reference=_reference_projected,
+    fake=_fake_projected,
+)
+_projected_backward_op = define(
+    f"projected_attention_backward(Tensor grad_out, Tensor projection, Tensor? queries, Tensor out, Tensor lse, "
+    f"{_LAYOUT}, bool bias_gradient) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_projected_backward,
+    fake=_fake_projected_backward,
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -112,25 +178,34 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs), *output)
 
 
-def _restore(ctx: Any) -> tuple[list[Any], torch.Tensor, torch.Tensor]:
-    *saved, out, lse = ctx.saved_tensors
-    return [n if t is None else t for t, n in zip(saved, ctx.numbers, strict=True)], out, lse
-
-
-def _backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Any, operator: Any, operands: int, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
+    """One for each argument of the forward operator, of which the first ``operands`` and the bias can have one."""
     count = len(ctx.numbers)
     if grad_out is None:
         return (None,) * count
-    (q, k, v, *layout), out, lse = _restore(ctx)
-    bias_gradient = ctx.needs_input_grad[_RELATIVE_BIAS]
-    dq, dk, dv, bias = _backward_op(grad_out, q, k, v, out, lse, *layout, bias_gradient)
-    gradients: list[torch.Tensor | None] = [dq, dk, dv, *[None] * (count - 3)]
+    *saved, out, lse = ctx.saved_tensors
+    arguments = [n if t is None else t for t, n in zip(saved, ctx.numbers, strict=True)]
+    bias_gradient = ctx.needs_input_grad[operands + _BIAS]
+    *found, bias = operator(grad_out, *arguments[:operands], out, lse, *arguments[operands:], bias_gradient)
+    gradients = [g if a is not None else None for g, a in zip(found, arguments, strict=False)]
+    gradients += [None] * (count - operands)
     if bias_gradient:
-        gradients[_RELATIVE_BIAS] = bias
+        gradients[operands + _BIAS] = bias
     return tuple(gradients)
 
 
+def _backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[Any, ...]:
+    return _gradients(ctx, _backward_op, 3, grad_out)
+
+
+def _projected_backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[Any, ...]:
+    return _gradients(ctx, _projected_backward_op, 2, grad_out)
+
+
 torch.library.register_autograd("minilm_fast::attention", _backward, setup_context=_save, lib=LIBRARY)
+torch.library.register_autograd(
+    "minilm_fast::projected_attention", _projected_backward, setup_context=_save, lib=LIBRARY
+)
 
 
 def attention(
@@ -169,23 +244,59 @@ def attention(
     _check(q, k, v, layout, dropout, seed)
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = _reference if select("attention", q, k, v, relative_bias) == "reference" else _op
-    out, lse = run(
-        q,
-        k,
-        v,
-        layout.cu_seqlens,
-        layout.segments,
-        layout.cu_queries,
-        layout.max_seqlen,
-        scale,
-        relative_bias,
-        position_ids,
-        dropout,
-        seed,
-    )
+    out, lse = run(q, k, v, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
     return out, lse.detach()
+
+
+def projected_attention(
+    projection: torch.Tensor,
+    layout: SequenceLayout,
+    *,
+    queries: torch.Tensor | None = None,
+    scale: float | None = None,
+    relative_bias: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`attention` of one fused projection, whose gradient comes back in one tensor, without a copy.
+
+    Args:
+        projection: ``[tokens, 3, heads, head_dim]``: q, k and v; or ``[tokens, 2, heads, head_dim]``: k and v, with
+            ``queries``.
+        layout: lengths and mask of the batch.
+        queries: ``[layout.total_queries, heads, head_dim]``.
+
+    The other arguments, results and errors are those of :func:`attention`.
+    """
+    parts = 3 if queries is None else 2
+    if projection.dim() != 4 or projection.shape[1] != parts:
+        raise ValueError(
+            f"projected_attention: projection must be [tokens, {parts}, heads, head_dim], got {tuple(projection.shape)}"
+        )
+    q, k, v = _split(projection, queries)
+    _check(q, k, v, layout, dropout, seed)
+    if (relative_bias is None) != (position_ids is None):
+        raise ValueError("attention: relative_bias and position_ids go together")
+    backend = select("projected_attention", projection, queries, relative_bias)
+    run = _reference_projected if backend == "reference" else _projected_op
+    out, lse = run(projection, queries, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
+    return out, lse.detach()
+
+
+def _arguments(
+    layout: SequenceLayout,
+    q: torch.Tensor,
+    scale: float | None,
+    relative_bias: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[Any, ...]:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    sequences = (layout.cu_seqlens, layout.segments, layout.cu_queries, layout.max_seqlen)
+    return *sequences, scale, relative_bias, position_ids, dropout, seed
 
 
 def _check(
