@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class TokenBatch:
     layout: SequenceLayout
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Sequence[int]]) -> TokenBatch:
+    def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray]) -> TokenBatch:
         """A batch of bidirectional sequences on the CPU.
 
         Args:
