@@ -417,6 +417,41 @@ def test_gradient_checkpointing_changes_nothing(place: Path, tmp_path: Path) -> 
         torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("way", ["v0", "v1"])
+def test_the_other_ways_of_masking(way: str, run: Any, place: Path, tmp_path: Path) -> None:
+    """With the original's defaults, under which its v1 stops at an assertion."""
+    flags = {"mask_way": way, "dev_file": place / "train.jsonl", "num_training_steps": 30, "save_steps": 10}
+    assert run(**flags)[0] == 0
+    records = json.loads((tmp_path / "out" / "history.json").read_text())["records"]
+    assert records[-1]["dev_loss"] < records[0]["dev_loss"]
+
+
+def test_features_are_cached_once(run: Any, tmp_path: Path, finished: Path) -> None:
+    pytest.importorskip("datasets")
+    cache = tmp_path / "features.arrow"
+    status, err = run(cached_train_features_file=cache, num_training_steps=1, output_dir=tmp_path / "first")
+    assert status == 0 and "tokenised" in err
+    status, err = run(cached_train_features_file=cache)
+    assert status == 0 and "tokenised" not in err
+    _assert_equal(finished / "ckpt-6", tmp_path / "out" / "ckpt-6")
+    assert not (tmp_path / "out" / "cached_features_for_training.arrow").exists()
+
+
+def test_a_vocabulary_larger_than_the_models(run: Any, place: Path, tmp_path: Path) -> None:
+    words = (place / "model" / "vocab.txt").read_text().splitlines()
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, *(f"word{i}" for i in range(500))]) + "\n")
+    status, err = run(tokenizer_name=tmp_path / "vocab.txt")
+    assert status == 2 and "entries, the checkpoint" in err.splitlines()[-1]
+
+
+def test_a_finished_run_is_left_alone(finished: Path, run: Any, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out", symlinks=True)
+    before = (tmp_path / "out" / "ckpt-6").stat().st_ino
+    status, err = run()
+    assert status == 0 and "all 6 steps are done" in err
+    assert (tmp_path / "out" / "ckpt-6").stat().st_ino == before
+
+
 def test_epochs_are_counted(place: Path, tmp_path: Path) -> None:
     trainer = _trainer(place, tmp_path / "out", num_training_steps=-1, num_training_epochs=2)
     examples = len((place / "train.jsonl").read_text().splitlines())

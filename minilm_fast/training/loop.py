@@ -320,6 +320,8 @@ class Trainer:
         try:
             if self.record.get("step") == self.step and not self.history.has(self.step):
                 self.evaluate()
+            if self.step >= self.options.total_steps:
+                logger.info("all %d steps are done", self.options.total_steps)
             with DeferredSignals() as signals:
                 while self.step < self.options.total_steps:
                     self._train_and_save(signals)
