@@ -97,24 +97,26 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(size, size)
         self.value = nn.Linear(size, size)
 
-    def _project(self, hidden: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
+    def _project(self, hidden: Tensor, layers: list[nn.Linear]) -> Tensor:
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        return F.linear(hidden, weight, bias).view(hidden.shape[0], len(layers), self.heads, -1).unbind(1)
+        return F.linear(hidden, weight, bias).view(hidden.shape[0], len(layers), self.heads, -1)
 
     def forward(
         self, hidden: Tensor, queries: Tensor | None, layout: SequenceLayout, bias: RelativeBias | None, seed: Tensor
     ) -> Tensor:
         """Context of the rows ``queries [rows, hidden]``, or of all rows of ``hidden [tokens, hidden]``."""
-        if queries is None:
-            query, key, value = self._project(hidden, [self.query, self.key, self.value])
-        else:
-            key, value = self._project(hidden, [self.key, self.value])
-            query = self.query(queries).unflatten(1, (self.heads, -1))
+        asked = None if queries is None else self.query(queries).unflatten(1, (self.heads, -1))
+        own = [self.query, self.key, self.value] if queries is None else [self.key, self.value]
         table, positions = bias or (None, None)
-        probability = self.probability if self.training else 0.0
-        context, _ = ops.attention(
-            query, key, value, layout, relative_bias=table, position_ids=positions, dropout=probability, seed=seed
+        context, _ = ops.projected_attention(
+            self._project(hidden, own),
+            layout,
+            queries=asked,
+            relative_bias=table,
+            position_ids=positions,
+            dropout=self.probability if self.training else 0.0,
+            seed=seed,
         )
         return context.flatten(1)
 
