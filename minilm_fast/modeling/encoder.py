@@ -226,19 +226,23 @@ class Encoder(nn.Module):
         bucket = relative_position_bucket(distance, self.config.rel_pos_bins, limit)
         return self.rel_pos_bias.weight[:, bucket].float(), position_ids
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, layout: SequenceLayout) -> Iterator[Tensor]:
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, layout: SequenceLayout, token_type_ids: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """The output of the embeddings, then that of each layer.
 
         Args:
             input_ids, position_ids: int32 ``[tokens]``.
             layout: of the batch; if only some of its rows ask, the last layer is computed for them only.
+            token_type_ids: int32 ``[tokens]``; by default the configuration's for source and target.
 
         Yields:
             ``[tokens, hidden]``, the last one ``[layout.total_queries, hidden]``; under autocast in its dtype,
             otherwise in that of the weights.
         """
-        types = torch.where(layout.in_source(), self.config.source_type_id, self.config.target_type_id)
-        hidden = self.embeddings(input_ids, position_ids, types)
+        if token_type_ids is None:
+            token_type_ids = torch.where(layout.in_source(), self.config.source_type_id, self.config.target_type_id)
+        hidden = self.embeddings(input_ids, position_ids, token_type_ids)
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -257,7 +261,9 @@ class Encoder(nn.Module):
                 hidden = layer(hidden, rows, bias, own)
             yield hidden
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, layout: SequenceLayout) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, layout: SequenceLayout, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """The last of :meth:`hidden_states`."""
-        *_, last = self.hidden_states(input_ids, position_ids, layout)
+        *_, last = self.hidden_states(input_ids, position_ids, layout, token_type_ids)
         return last
