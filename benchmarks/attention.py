@@ -1,4 +1,4 @@
-"""Speed of attention, of a decoding step's attention and of the norm fusions against torch.
+"""Speed of attention, of its backward pass, of a decoding step's attention and of the norm fusions against torch.
 
     python benchmarks/attention.py --shape l12-h384 --batch 32 --source 464 --threads 1,2 --json attention.json
 
@@ -31,13 +31,17 @@ if TYPE_CHECKING:
 OURS = ("fp32", "bf16")
 READ_FLOATS = 64 << 20
 RIVALS = ("SDPA padded", "SDPA each", "eager")
+TRAINING_RIVALS = ("SDPA", "eager")
 TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}
 NOTE = (
     "Best of interleaved rounds: CPU time of the thread with one thread, else the clock. In brackets: times as fast as "
     "the fastest of torch's in fp32, and of the peak, which is the best of torch's large square products in this run "
     "(bf16 peak for bf16). SDPA padded: scaled_dot_product_attention on sequences padded to the longest, with a dense "
     "mask. SDPA each: one call a sequence, unpadded. eager: product, softmax, product, padded. Decoding: the caches of "
-    "torch's hold the source once for each beam (SDPA) or once for all (eager), the history gathered beforehand."
+    "torch's hold the source once for each beam (SDPA) or once for all (eager), the history gathered beforehand. "
+    "Forward and backward: 14 operations for each pair that the mask leaves and dimension, 10 of them backward, where "
+    "ours compute the scores again; torch's on padded sequences with a dense mask, without the time for padding; in "
+    "brackets against the faster of torch's in the same dtype."
 )
 
 
@@ -136,6 +140,95 @@ def _discard(run: Callable[[], Any]) -> Callable[[], None]:
         run()
 
     return discarding
+
+
+def training_layouts(batch: int, source: int) -> dict[str, SequenceLayout]:
+    """Lengths as in question generation (log-normal sources, of a third of the longest; short targets), and full."""
+    import torch
+
+    from minilm_fast.ops import SequenceLayout
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(batch, generator=generator) * 0.5).exp() * source * 0.31
+    mixed = lengths.round().clamp(1, source).int().tolist()
+    question, target = max(1, source * 16 // 464), max(1, source * 48 // 464)
+    return {
+        f"seq2seq {min(mixed)}-{max(mixed)} + {question}": SequenceLayout.seq2seq(mixed, [question] * batch),
+        f"pseudo-masked {source} + {target} + {target}": SequenceLayout.pseudo_masked(
+            [source] * batch, [target] * batch
+        ),
+    }
+
+
+def training_systems(
+    layout: SequenceLayout, heads: int, size: int, dropout: float
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Ours and torch's forward and backward passes, to the gradient ``[tokens, 3, heads, size]``."""
+    import torch
+    import torch.nn.functional as F
+
+    from minilm_fast import ops
+    from minilm_fast.ops import reference
+
+    qkv, grad = torch.randn(layout.total, 3, heads, size), torch.randn(layout.total, heads, size)
+    valid = torch.arange(layout.max_seqlen)[None] < layout.segments.sum(1)[:, None]
+    mask = (layout.dense_mask() | ~valid[:, :, None])[:, None]
+    seed = torch.tensor([1])
+
+    def pad(x: torch.Tensor) -> torch.Tensor:
+        padded = torch.zeros(*valid.shape, *x.shape[1:], dtype=x.dtype)
+        padded[valid] = x
+        return padded.transpose(-2, -3).contiguous() if x.dim() == 3 else padded.permute(2, 0, 3, 1, 4).contiguous()
+
+    def ours(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        leaf, gradient = qkv.to(dtype).requires_grad_(), grad.to(dtype)
+
+        def run() -> torch.Tensor:
+            out, _ = ops.projected_attention(leaf, layout, dropout=dropout, seed=seed)
+            return torch.autograd.grad(out, leaf, gradient)[0]
+
+        return run
+
+    def composed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = (q @ k.transpose(-1, -2) * size**-0.5).masked_fill(~mask, float("-inf"))
+        return F.dropout(scores.softmax(-1), dropout) @ v
+
+    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+    def rival(attend: Callable[..., torch.Tensor], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        leaves = [x.requires_grad_() for x in pad(qkv.to(dtype)).unbind(0)]
+        gradient = pad(grad.to(dtype))
+
+        def run() -> torch.Tensor:
+            return torch.stack(torch.autograd.grad(attend(*leaves), leaves, gradient))
+
+        return run
+
+    systems = {}
+    exact = qkv.double().requires_grad_()
+    out, _ = reference.attention(*exact.unbind(1), layout, scale=size**-0.5, dropout=dropout, seed=seed)
+    (right,) = torch.autograd.grad(out, exact, grad.double())
+    largest = right.abs().max()
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        systems[name] = ours(dtype)
+        check(name, systems[name]().double() / largest, right / largest)
+        for rival_name, attend in zip(TRAINING_RIVALS, (fused, composed), strict=True):
+            run = systems[f"{rival_name} {name}"] = rival(attend, dtype)
+            if dropout == 0:
+                gradient = run().permute(1, 3, 0, 2, 4)[valid]
+                check(f"{rival_name} {name}", gradient.double() / largest, right / largest)
+    return systems
+
+
+def measure_training(
+    case: str, layout: SequenceLayout, heads: int, size: int, dropout: float, rounds: int, threads: int
+) -> Timing:
+    systems = training_systems(layout, heads, size, dropout)
+    seconds = best_of({name: _discard(run) for name, run in systems.items()}, rounds, threads)
+    pairs = int(layout.dense_mask().sum())
+    case = f"{case}, dropout {dropout:g}"
+    return Timing(case, threads, 14.0 * pairs * heads * size, 4.0 * 8 * layout.total * heads * size, seconds)
 
 
 @dataclass(frozen=True)
@@ -341,12 +434,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     shape = SHAPES[options.shape]
     heads, size = shape.heads, shape.hidden // shape.heads
     results: dict[str, Any] = {"machine": machine.describe(), "peak": {}, "bandwidth": {}}
-    results |= {"attention": [], "step": [], "rows": []}
+    results |= {"attention": [], "training": [], "step": [], "rows": []}
+    for threads in options.threads:
+        rates = machine.measure_peak(threads)
+        results["peak"][threads] = {n: p["cpu" if threads == 1 else "wall"] for n, p in rates.items()}
+        results["bandwidth"][threads] = measure_bandwidth(threads)
+        for case, layout in training_layouts(options.batch, options.source).items():
+            for dropout in (0.0, options.dropout):
+                print(f"{threads} threads: training, {case}, dropout {dropout:g}", file=sys.stderr)
+                timing = measure_training(case, layout, heads, size, dropout, options.rounds, threads)
+                results["training"].append(timing)
+    if options.training_only:
+        return results
     with torch.inference_mode():
         for threads in options.threads:
-            rates = machine.measure_peak(threads)
-            results["peak"][threads] = {n: p["cpu" if threads == 1 else "wall"] for n, p in rates.items()}
-            results["bandwidth"][threads] = measure_bandwidth(threads)
             for case, layout in layouts(options.batch, options.source).items():
                 print(f"{threads} threads: {case}", file=sys.stderr)
                 timing = measure_attention(case, layout, heads, size, options.rounds, threads)
@@ -369,12 +470,19 @@ def report(results: dict[str, Any]) -> str:
             f"{peak['bf16'] / 1e9:.0f}; memory is read at {read / 1e9:.1f} GB/s"
         )
         chosen = [t for t in results["attention"] if t.threads == threads]
-        parts.append(table(["attention, Gop/s", *RIVALS, *OURS], [_attention_row(t, peak) for t in chosen]))
+        if chosen:
+            parts.append(table(["attention, Gop/s", *RIVALS, *OURS], [_attention_row(t, peak) for t in chosen]))
+        chosen = [t for t in results["training"] if t.threads == threads]
+        header = ["forward and backward, Gop/s", *(f"{r} {n}" for n in OURS for r in TRAINING_RIVALS), *OURS]
+        parts.append(table(header, [_training_row(t, peak) for t in chosen]))
         header = ["decode_attention, one layer", "cache", "SDPA ms", "eager ms", "ms", "Gop/s", "GB/s", "of reading"]
         chosen = [t for t in results["step"] if t.threads == threads]
-        parts.append(table(header, [_step_row(t, peak, read) for t in chosen]))
+        if chosen:
+            parts.append(table(header, [_step_row(t, peak, read) for t in chosen]))
         header = ["fusions, fp32", "eager us", "us", "GB/s"]
-        parts.append(table(header, [_fusion_row(t) for t in results["rows"] if t.threads == threads]))
+        chosen = [t for t in results["rows"] if t.threads == threads]
+        if chosen:
+            parts.append(table(header, [_fusion_row(t) for t in chosen]))
     return "\n\n".join([*parts, NOTE])
 
 
@@ -383,6 +491,15 @@ def _attention_row(timing: Timing, peak: dict[str, float]) -> list[str]:
     rival = max(rates[name] for name in RIVALS)
     ours = [f"{rates[n] / 1e9:.0f} ({rates[n] / rival:.2f}x, {rates[n] / peak[n]:.0%})" for n in OURS]
     return [timing.case, *(f"{rates[name] / 1e9:.0f}" for name in RIVALS), *ours]
+
+
+def _training_row(timing: Timing, peak: dict[str, float]) -> list[str]:
+    rates = {name: timing.operations / seconds for name, seconds in timing.seconds.items()}
+    cells = [f"{rates[f'{rival} {name}'] / 1e9:.0f}" for name in OURS for rival in TRAINING_RIVALS]
+    for name in OURS:
+        rival = max(rates[f"{rival} {name}"] for rival in TRAINING_RIVALS)
+        cells.append(f"{rates[name] / 1e9:.0f} ({rates[name] / rival:.2f}x, {rates[name] / peak[name]:.0%})")
+    return [timing.case, *cells]
 
 
 def _step_row(timing: Timing, peak: dict[str, float], read: float) -> list[str]:
@@ -429,6 +546,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--beam", type=int, default=5)
     parser.add_argument("--step", type=int, default=24, help="history entries at the measured step")
     parser.add_argument("--layers", type=int, default=6, help="layers whose caches are used in turn")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the probabilities in training, beside 0")
+    parser.add_argument("--training-only", action="store_true", help="forward and backward passes, nothing else")
     parser.add_argument("--threads", type=_numbers, default=[1], help="numbers of threads")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--isa", help="lower the instruction set of minilm_fast (default, avx2, avx512, avx512vnni)")
@@ -437,6 +556,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("batch", "source", "beam", "step", "layers", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if not 0 <= options.dropout < 1:
+        parser.error("--dropout must be at least 0 and below 1")
     return options
 
 
@@ -455,7 +576,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(report(results))
     if options.json is not None:
-        results |= {key: [asdict(t) for t in results[key]] for key in ("attention", "step", "rows")}
+        results |= {key: [asdict(t) for t in results[key]] for key in ("attention", "training", "step", "rows")}
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 

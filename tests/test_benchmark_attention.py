@@ -31,10 +31,14 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with threads(1):
         assert attention.main([*SMALL, "--json", str(path)]) == 0
     out = capsys.readouterr().out
-    assert out.count("bidirectional 20 ") == 1 and out.count("pseudo-masked ") == 1
+    assert out.count("bidirectional 20 ") == 1 and out.count("pseudo-masked ") == 3
     assert out.count("E 3, B 5, R 2, source 20, step 4, D 32") == 2
     results = json.loads(path.read_text(encoding="utf-8"))
     assert len(results["attention"]) == 5 and len(results["step"]) == 4 and len(results["rows"]) == 3
+    assert [t["case"].rpartition(", ")[2] for t in results["training"]] == ["dropout 0", "dropout 0.1"] * 2
+    for timing in results["training"]:
+        rivals = {f"{rival} {dtype}" for rival in attention.TRAINING_RIVALS for dtype in attention.OURS}
+        assert timing["seconds"].keys() == {*attention.OURS, *rivals}
     for timing in results["attention"]:
         assert timing["seconds"].keys() == {*attention.OURS, *attention.RIVALS}
         assert all(seconds > 0 for seconds in timing["seconds"].values())
@@ -45,6 +49,25 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(ops, "decode_attention", lambda *arguments: right(*arguments) * 1.01)
     with threads(1):
         assert attention.main(SMALL) == 2
+    assert "error: fp32 is wrong by" in capsys.readouterr().err
+
+
+def test_training_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with threads(1):
+        assert attention.main([*SMALL, "--training-only", "--dropout", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("dropout 0.5") == 2 and "decode_attention" not in out and "fusions" not in out
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = ops.projected_attention
+
+    def other_seed(*arguments: object, seed: torch.Tensor, **options: object) -> object:
+        return right(*arguments, seed=seed + 1, **options)
+
+    monkeypatch.setattr(ops, "projected_attention", other_seed)
+    with threads(1):
+        assert attention.main([*SMALL, "--training-only"]) == 2
     assert "error: fp32 is wrong by" in capsys.readouterr().err
 
 
@@ -62,7 +85,7 @@ def test_counts_what_the_mask_leaves() -> None:
 
 
 def test_instruction_sets(capsys: pytest.CaptureFixture[str]) -> None:
-    with instruction_set("default"), threads(1), torch.inference_mode():
+    with instruction_set("default"), threads(1):
         assert attention.main([*SMALL, "--isa", "default"]) == 0
         assert attention.main([*SMALL, "--isa", "sse9"]) == 2
     assert "error: unknown instruction set 'sse9'" in capsys.readouterr().err
@@ -75,6 +98,7 @@ def test_instruction_sets(capsys: pytest.CaptureFixture[str]) -> None:
         (["--threads", "0"], "must be at least 1: '0'"),
         (["--threads", ""], "must be at least 1"),
         (["--beam", "0"], "--beam must be at least 1"),
+        (["--dropout", "1"], "--dropout must be at least 0 and below 1"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
