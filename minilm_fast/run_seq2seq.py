@@ -18,6 +18,7 @@ from minilm_fast.training.flags import add_loop_flags, available_cores, loop_opt
 if TYPE_CHECKING:
     from minilm_fast.data.examples import Example
     from minilm_fast.data.features import FeatureStore
+    from minilm_fast.data.masking import Masker
     from minilm_fast.hub import Resolved
     from minilm_fast.modeling.seq2seq import Seq2SeqModel
     from minilm_fast.tokenization import Tokenizer
@@ -159,6 +160,7 @@ def _dev_examples(args: argparse.Namespace) -> list[Example]:
 
 def _generation(args: argparse.Namespace, examples: Sequence[Example]) -> Generation | None:
     from minilm_fast.metrics import generation_scores
+    from minilm_fast.metrics.normalize import join_wordpieces
     from minilm_fast.modeling.model import Model
     from minilm_fast.training.generation import Generation, Source
 
@@ -182,7 +184,7 @@ def _generation(args: argparse.Namespace, examples: Sequence[Example]) -> Genera
     known = {"dev_loss", *(f"dev_{name}" for name in score(["a b c d"], [["a b c d"]]))}
     if args.metric_for_best_model is not None and args.metric_for_best_model not in known:
         raise UserError(f"--metric_for_best_model must be one of {', '.join(sorted(known))}")
-    references = [[e.target if isinstance(e.target, str) else " ".join(e.target)] for e in chosen]
+    references = [[e.target if isinstance(e.target, str) else join_wordpieces(e.target)] for e in chosen]
     return Generation([e.source for e in chosen], references, decode, score)
 
 
@@ -223,6 +225,15 @@ def _digest(path: Path) -> str:
     return f"sha256 {digest.hexdigest()[:16]}"
 
 
+def _describe(features: FeatureStore, masker: Masker) -> None:
+    sources, targets = masker.truncated(*features.lengths())
+    counts = features.counts
+    logger.info(
+        "%d sources and %d targets are over their limits and cut; %d of %d tokens are unknown to the vocabulary",
+        sources, targets, counts.unknown, counts.tokens,
+    )  # fmt: skip
+
+
 def make_trainer(args: argparse.Namespace, world: World | None = None) -> Trainer:
     """Everything that :meth:`Trainer.train` needs, read and checked.
 
@@ -254,6 +265,7 @@ def make_trainer(args: argparse.Namespace, world: World | None = None) -> Traine
     dev_features = make_features(dev, tokenizer)
     options = _task_options(args)
     task = Seq2SeqTask(model, tokenizer, special, features, dev_features, options, world, identity, generation)
+    _describe(features, task.masker)
     steps = args.num_training_steps
     if steps <= 0:
         global_batch = args.per_gpu_train_batch_size * args.gradient_accumulation_steps * world.size

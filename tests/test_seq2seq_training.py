@@ -147,6 +147,17 @@ def test_training_lowers_the_dev_loss_and_saves_what_loads_back(tmp_path: Path) 
     assert _dev_loss(again) == pytest.approx(last["dev_loss"], rel=1e-6)
 
 
+def test_what_is_cut_or_unknown_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = copy_model(tmp_path / "model")
+    words = (GOLDENS / "tiny" / "vocab.txt").read_text(encoding="utf-8").split()[10:16]
+    lines = [{"src": words[:2], "tgt": words[:1]}, {"src": words * 3, "tgt": [*words, "nowhere"]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = {"num_training_steps": 1, "max_source_seq_length": 10, "max_target_seq_length": 5}
+    with caplog.at_level("INFO"):
+        make_trainer(build_parser().parse_args(arguments(tmp_path, model, **flags)))
+    assert "1 sources and 1 targets are over their limits and cut; 1 of 28 tokens are unknown" in caplog.text
+
+
 def _dev_loss(trainer: Trainer) -> float:
     return trainer.task.dev_loss(trainer.precision)
 
