@@ -11,11 +11,12 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from minilm_fast.errors import UserError
+from minilm_fast.ops import _triton
 
 PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -29,6 +30,7 @@ DIFFERENTIABLE = {
     "relation_kl",
 }
 
+_NO_REFUSALS: Mapping[str, str | None] = {}
 _local = threading.local()
 _warned: set[str] = set()
 
@@ -88,14 +90,16 @@ def backend(name: str | None) -> Iterator[None]:
         _local.backend, _default_backend = before, default
 
 
-def unusable(name: str, operator: str, device: str, needs_grad: bool = False) -> str | None:
+def unusable(name: str, operator: str, device: torch.device, needs_grad: bool = False) -> str | None:
     """Why a backend cannot run an operator on tensors of a device; None if it can."""
     if name == "reference":
         return None
+    if name == "triton":
+        return _triton.unusable(operator, device)
     if name != "cpu":
         return f"{operator} has no {name} implementation yet"
-    if device != "cpu":
-        return f"the tensors are on {device}"
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
     if EXTENSION_ERROR is not None:
         return EXTENSION_ERROR
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minilm_fast::{operator}", "CPU"):
@@ -105,26 +109,29 @@ def unusable(name: str, operator: str, device: str, needs_grad: bool = False) ->
     return None
 
 
-def select(operator: str, *tensors: torch.Tensor | None) -> str:
+def select(operator: str, *tensors: torch.Tensor | None, refusals: Mapping[str, str | None] = _NO_REFUSALS) -> str:
     """Picks the backend that runs ``operator`` on these tensors.
+
+    Args:
+        refusals: why a backend that has the operator cannot run this call of it, for instance its head size.
 
     Raises:
         BackendError: a forced backend cannot run it.
     """
-    device = next(t.device.type for t in tensors if t is not None)
+    device = next(t.device for t in tensors if t is not None)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     forced = forced_backend()
     if forced is not None:
-        reason = unusable(forced, operator, device, needs_grad)
+        reason = unusable(forced, operator, device, needs_grad) or refusals.get(forced)
         if reason is not None:
             raise BackendError(f"backend {forced!r} cannot run {operator}: {reason}")
         return forced
     reasons: list[str] = []
-    for name in PRIORITY.get(device, ("reference",)):
-        reason = unusable(name, operator, device, needs_grad)
+    for name in PRIORITY.get(device.type, ("reference",)):
+        reason = unusable(name, operator, device, needs_grad) or refusals.get(name)
         if reason is None:
             if name == "reference" and reasons and not needs_grad:
-                _warn_once(operator, device, reasons)
+                _warn_once(operator, device.type, reasons)
             return name
         reasons.append(f"{name}: {reason}")
     raise AssertionError("the reference runs everywhere")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from minilm_fast.ops import _triton
 from minilm_fast.ops._dispatch import EXTENSION_ERROR
 
 LIBRARY = torch.library.Library("minilm_fast", "FRAGMENT")
@@ -31,3 +32,26 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
         LIBRARY.impl(name, reference, "CPU")
     torch.library.register_fake(f"minilm_fast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.minilm_fast, name).default
+
+
+def define_triton(schema: str, *, kernels: str, fake: Callable[..., Any]) -> Any:
+    """Defines the Triton twin ``triton_<name>`` of an operator and returns its ``torch.ops`` overload.
+
+    It is an operator of its own, so that one process can hold several implementations for one device.
+
+    Args:
+        schema: that of the operator.
+        kernels: the file of ``kernels/`` that has a host function ``<name>`` with the schema's arguments.
+        fake: shape function for meta tensors.
+    """
+    name = schema[: schema.index("(")]
+
+    def run(*arguments: Any) -> Any:
+        with torch.cuda.device_of(arguments[0]):
+            return getattr(_triton.kernels(kernels), name)(*arguments)
+
+    LIBRARY.define(f"triton_{schema}")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(f"triton_{name}", run, key)
+    torch.library.register_fake(f"minilm_fast::triton_{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.minilm_fast, f"triton_{name}").default

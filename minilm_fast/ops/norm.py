@@ -10,13 +10,14 @@ again from the inputs; of the forward pass only the mean and ``1 / sqrt(var + ep
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
 from minilm_fast.ops import reference
 from minilm_fast.ops._dispatch import select
-from minilm_fast.ops._library import LIBRARY, define
+from minilm_fast.ops._library import LIBRARY, define, define_triton
 from minilm_fast.ops.dropout import dropout_factors
 
 Optional = torch.Tensor | None
@@ -87,41 +88,44 @@ _norm_op = define(
     reference=reference.add_layer_norm,
     fake=lambda x, *_: x.new_empty(x.shape),
 )
-_gelu_op = define(
-    "bias_gelu(Tensor x, Tensor? bias) -> Tensor",
-    reference=reference.bias_gelu,
-    fake=lambda x, bias: x.new_empty(x.shape),
-)
-_gelu_backward_op = define(
+_GELU = ("bias_gelu(Tensor x, Tensor? bias) -> Tensor", lambda x, bias: x.new_empty(x.shape))
+_GELU_BACKWARD = (
     "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)",
-    reference=_gelu_backward_reference,
-    fake=lambda grad, x, bias: (
+    lambda grad, x, bias: (
         x.new_empty(x.shape),
         x.new_empty((0 if bias is None else x.shape[1],), dtype=torch.float32),
     ),
 )
-_dropout_norm_op = define(
+_DROPOUT_NORM = (
     "dropout_add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout, "
     "Tensor? seed, Tensor? x_bias) -> (Tensor, Tensor, Tensor)",
-    reference=_dropout_norm_reference,
-    fake=lambda x, *_: (
+    lambda x, *_: (
         x.new_empty(x.shape),
         x.new_empty((x.shape[0],), dtype=torch.float32),
         x.new_empty((x.shape[0],), dtype=torch.float32),
     ),
 )
 # Where the gradient of residual is the same as that of x, an empty one stands for it; so it does for a missing x_bias.
-_dropout_norm_backward_op = define(
+_DROPOUT_NORM_BACKWARD = (
     "dropout_add_layer_norm_backward(Tensor grad, Tensor x, Tensor? residual, Tensor weight, Tensor mean, Tensor rstd, "
     "float dropout, Tensor? seed, Tensor? x_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_dropout_norm_backward_reference,
-    fake=lambda grad, x, residual, weight, mean, rstd, dropout, seed, x_bias: (
+    lambda grad, x, residual, weight, mean, rstd, dropout, seed, x_bias: (
         x.new_empty(x.shape),
         residual.new_empty(x.shape) if _gradients_differ(x, residual, dropout) else x.new_empty(0),
         torch.empty_like(weight),
         torch.empty_like(weight),
         weight.new_empty((0 if x_bias is None else x.shape[1],)),
     ),
+)
+_gelu_op = define(_GELU[0], reference=reference.bias_gelu, fake=_GELU[1])
+_gelu_backward_op = define(_GELU_BACKWARD[0], reference=_gelu_backward_reference, fake=_GELU_BACKWARD[1])
+_dropout_norm_op = define(_DROPOUT_NORM[0], reference=_dropout_norm_reference, fake=_DROPOUT_NORM[1])
+_dropout_norm_backward_op = define(
+    _DROPOUT_NORM_BACKWARD[0], reference=_dropout_norm_backward_reference, fake=_DROPOUT_NORM_BACKWARD[1]
+)
+_triton_gelu_op, _triton_gelu_backward_op, _triton_dropout_norm_op, _triton_dropout_norm_backward_op = (
+    define_triton(schema, kernels="norm", fake=fake)
+    for schema, fake in (_GELU, _GELU_BACKWARD, _DROPOUT_NORM, _DROPOUT_NORM_BACKWARD)
 )
 _embed_op = define(
     "embed_layer_norm(Tensor ids, Tensor positions, Tensor? types, Tensor word, Tensor position, Tensor? type, "
@@ -139,9 +143,9 @@ def _setup_gelu(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None
     ctx.save_for_backward(*inputs)
 
 
-def _gelu_backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional, Optional]:
+def _gelu_backward(backward_op: Any, ctx: Any, grad: torch.Tensor) -> tuple[Optional, Optional]:
     x, bias = ctx.saved_tensors
-    x_grad, bias_grad = _gelu_backward_op(grad, x, bias)
+    x_grad, bias_grad = backward_op(grad, x, bias)
     return x_grad, None if bias is None else bias_grad
 
 
@@ -151,9 +155,9 @@ def _setup_dropout_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.T
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _dropout_norm_backward(ctx: Any, grad: torch.Tensor, *_: object) -> tuple[Optional, ...]:
+def _dropout_norm_backward(backward_op: Any, ctx: Any, grad: torch.Tensor, *_: object) -> tuple[Optional, ...]:
     x, residual, weight, mean, rstd, seed, x_bias = ctx.saved_tensors
-    x_grad, residual_grad, weight_grad, bias_grad, x_bias_grad = _dropout_norm_backward_op(
+    x_grad, residual_grad, weight_grad, bias_grad, x_bias_grad = backward_op(
         grad, x, residual, weight, mean, rstd, ctx.dropout, seed, x_bias
     )
     if residual is None:
@@ -163,10 +167,17 @@ def _dropout_norm_backward(ctx: Any, grad: torch.Tensor, *_: object) -> tuple[Op
     return x_grad, residual_grad, weight_grad, bias_grad, None, None, None, None if x_bias is None else x_bias_grad
 
 
-torch.library.register_autograd("minilm_fast::bias_gelu", _gelu_backward, setup_context=_setup_gelu, lib=LIBRARY)
-torch.library.register_autograd(
-    "minilm_fast::dropout_add_layer_norm", _dropout_norm_backward, setup_context=_setup_dropout_norm, lib=LIBRARY
-)
+for _name, _op in (("bias_gelu", _gelu_backward_op), ("triton_bias_gelu", _triton_gelu_backward_op)):
+    torch.library.register_autograd(
+        f"minilm_fast::{_name}", partial(_gelu_backward, _op), setup_context=_setup_gelu, lib=LIBRARY
+    )
+for _name, _op in (
+    ("dropout_add_layer_norm", _dropout_norm_backward_op),
+    ("triton_dropout_add_layer_norm", _triton_dropout_norm_backward_op),
+):
+    torch.library.register_autograd(
+        f"minilm_fast::{_name}", partial(_dropout_norm_backward, _op), setup_context=_setup_dropout_norm, lib=LIBRARY
+    )
 
 
 def add_layer_norm(
@@ -203,7 +214,7 @@ def dropout_add_layer_norm(
     """``LayerNorm(dropout(x + x_bias) + residual)``, differentiable.
 
     Args:
-        x: fp32 or bf16 ``[rows, channels]``.
+        x: fp32 or bf16 ``[rows, channels]``; on a GPU fp16 too, as for ``residual``, and at most 8192 channels.
         residual: fp32 or bf16 of the same shape, or None.
         weight, bias: fp32 ``[channels]``.
         eps: added to the variance.
@@ -223,9 +234,11 @@ def dropout_add_layer_norm(
     if dropout > 0 and seed is None:
         raise ValueError("dropout_add_layer_norm: dropout needs a seed")
     drawn = seed if dropout > 0 else None
-    if select("dropout_add_layer_norm", x, residual, weight, bias, x_bias) == "reference":
+    chosen = select("dropout_add_layer_norm", x, residual, weight, bias, x_bias)
+    if chosen == "reference":
         return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout, drawn, x_bias)
-    out: torch.Tensor = _dropout_norm_op(x, residual, weight, bias, eps, dropout, drawn, x_bias)[0]
+    op = _triton_dropout_norm_op if chosen == "triton" else _dropout_norm_op
+    out: torch.Tensor = op(x, residual, weight, bias, eps, dropout, drawn, x_bias)[0]
     return out
 
 
@@ -233,7 +246,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor
     """``GELU(x + bias)``, exact (erf), differentiable.
 
     Args:
-        x: fp32 or bf16 ``[rows, channels]``.
+        x: fp32 or bf16 ``[rows, channels]``; on a GPU fp16 too.
         bias: fp32 ``[channels]`` or None.
 
     Returns:
@@ -242,9 +255,10 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor
     Raises:
         RuntimeError: shapes do not fit.
     """
-    if select("bias_gelu", x, bias) == "reference":
+    chosen = select("bias_gelu", x, bias)
+    if chosen == "reference":
         return reference.bias_gelu(x, bias)
-    return _gelu_op(x, bias)
+    return _triton_gelu_op(x, bias) if chosen == "triton" else _gelu_op(x, bias)
 
 
 def embed_layer_norm(

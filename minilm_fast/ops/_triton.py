@@ -1,0 +1,62 @@
+"""The Triton kernels: where they are, whether they can run, and their loading when the first one is needed.
+
+Nothing here imports triton before a kernel is called. With ``TRITON_INTERPRET=1`` in the environment before that,
+Triton interprets the kernels on tensors of the CPU; it is meant for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import minilm_fast
+
+OPERATORS = {"bias_gelu": "norm", "dropout_add_layer_norm": "norm"}
+"""The operators that have Triton kernels, and the file of ``kernels/`` that holds them."""
+_LEAST_CAPABILITY = (8, 0)
+
+
+@cache
+def _folder() -> Path:
+    """Installed, the kernels lie in the package; in a checkout beside it."""
+    package = Path(minilm_fast.__file__).parent
+    return next(folder for folder in (package / "kernels", package.parent / "kernels") if (folder / "norm.py").exists())
+
+
+@cache
+def kernels(name: str) -> ModuleType:
+    """Imports ``kernels/<name>.py`` and with it triton."""
+    if "minilm_fast.kernels" not in sys.modules:
+        # The folder is no package: one of that name beside this one would hide the package of others from them.
+        module = ModuleType("minilm_fast.kernels")
+        module.__path__ = [str(_folder())]
+        sys.modules["minilm_fast.kernels"] = module
+    return importlib.import_module(f"minilm_fast.kernels.{name}")
+
+
+@cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def unusable(operator: str, device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run an operator on a device; None if they can."""
+    if operator not in OPERATORS:
+        return f"{operator} has no triton implementation yet"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "the tensors are on cpu, for which Triton has only its interpreter (TRITON_INTERPRET=1)"
+    elif device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    elif (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
+        return f"{device} has compute capability {capability[0]}.{capability[1]}, below 8.0"
+    return _missing()

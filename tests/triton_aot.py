@@ -1,0 +1,134 @@
+"""Compiles the Triton kernels for GPUs that are not there, as the operators would launch them; prints what they use.
+
+The host functions run as they are, on small tensors of the CPU; only the launch itself is replaced by a compilation.
+So every specialisation, block size and number of warps is one that a GPU would get. Run as a program, without
+``TRITON_INTERPRET``: ``python tests/triton_aot.py [--arch 80 90] [--only NAME]``. One JSON object a line::
+
+    {"case", "kernel", "arch", "registers", "stack", "local", "shared", "warps"}
+
+``stack`` and ``local`` are bytes of local memory for each thread: spilled registers and arrays with variable indices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from minilm_fast.ops import _triton
+
+SEED = torch.tensor([12345])
+ROWS = 1024
+
+
+class Driver:
+    """What Triton asks of a driver before it compiles; a device is its compute capability."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack, local and static shared memory of the kernel in a cubin."""
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        raise SystemExit("error: no cuobjdump, neither Triton's own nor on the PATH")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(numbers["REG"]), "stack": int(numbers["STACK"]), "local": int(numbers["LOCAL"])}
+
+
+def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    module = _triton.kernels("norm")
+    for channels, dtype in ((384, torch.bfloat16), (1024, torch.float32)):
+        x, row = torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(ROWS)
+        vector, name = torch.zeros(channels), f"{channels} {dtype}"
+        yield f"gelu {name}", lambda x=x, v=vector: module.bias_gelu(x, v)
+        yield f"gelu backward {name}", lambda x=x, v=vector: module.bias_gelu_backward(x, x, v)
+        for p in (0.0, 0.1):
+            yield (
+                f"norm {name} dropout {p}",
+                lambda x=x, v=vector, p=p: module.dropout_add_layer_norm(x, x, v, v, 1e-5, p, SEED, v),
+            )
+            yield (
+                f"norm backward {name} dropout {p}",
+                lambda x=x, v=vector, r=row, p=p: module.dropout_add_layer_norm_backward(x, x, x, v, r, r, p, SEED, v),
+            )
+
+
+CASES = (norm_cases,)
+
+
+def compile_all(archs: list[int], only: str) -> Iterator[dict[str, Any]]:
+    """Every kernel once for each case and architecture."""
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+
+    JITFunction.run = compile_only
+    seen = set()
+    for arch in archs:
+        driver.set_active(Driver(arch))
+        for case, call in (pair for cases in CASES for pair in cases()):
+            if only not in case:
+                continue
+            compiled.clear()
+            call()
+            for kernel, binary in compiled:
+                if binary.hash in seen:
+                    continue
+                seen.add(binary.hash)
+                numbers = usage(binary.asm["cubin"])
+                metadata = binary.metadata
+                yield (
+                    {"case": case, "kernel": kernel, "arch": arch}
+                    | numbers
+                    | {
+                        "shared": metadata.shared,
+                        "warps": metadata.num_warps,
+                    }
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    arguments = parser.parse_args()
+    for line in compile_all(arguments.arch, arguments.only):
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
