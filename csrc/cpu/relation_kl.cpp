@@ -1,6 +1,7 @@
 #include "relation_kl.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -23,6 +24,9 @@ constexpr char kOp[] = "relation_kl";
 constexpr int64_t kManyHeads = 32;
 constexpr int64_t kPieces = 4;
 constexpr int64_t kLeastRows = 120;
+// Half of the scores of a shorter sequence are not worth the accuracy: the probability of an only token is exactly 1
+// after its score was subtracted.
+constexpr int64_t kLeastTriangle = 16;
 
 using Optional = std::optional<at::Tensor>;
 
@@ -81,6 +85,12 @@ RelationProblem check_problem(const at::Tensor& teacher_a, const Optional& teach
   return problem;
 }
 
+void check_statistics(const char* name, const at::Tensor& lse, const RelationProblem& problem) {
+  check_dtype(kOp, name, lse, {at::kDouble});
+  check_shape(kOp, name, lse, {problem.heads, problem.tokens});
+  check_contiguous(kOp, name, lse);
+}
+
 // The weight of a row's divergence in the loss, for each sequence.
 std::vector<double> sequence_weights(const Layout& layout, int64_t heads, int64_t tokens, c10::string_view reduction) {
   int64_t filled = 0;
@@ -113,7 +123,7 @@ Tasks make_tasks(const RelationProblem& problem, const Layout& layout, bool symm
     const int64_t pieces = many ? 1 : std::max<int64_t>(1, std::min(kPieces, length / kLeastRows));
     const int64_t rows = (length + pieces - 1) / pieces;
     const int32_t* counts = layout.counts + 3 * i;
-    const bool triangle = symmetric && many && counts[0] == length;
+    const bool triangle = symmetric && many && counts[0] == length && length >= kLeastTriangle;
     for (int64_t head = 0; head < problem.heads; ++head)
       for (int64_t row = 0; row < length; row += rows)
         all.tasks.push_back({layout.starts[i], counts[0], counts[1], counts[2], head, row, std::min(row + rows, length),
@@ -128,6 +138,7 @@ Tasks make_tasks(const RelationProblem& problem, const Layout& layout, bool symm
 
 RelationKernels choose_kernels(const RelationProblem& problem) {
 #ifdef MINILM_FAST_X86
+  if (current_isa() >= Isa::kAmx && problem.teacher.bf16 && problem.student.bf16) return relation_kl_amx;
   if (current_isa() >= Isa::kAvx512) return relation_kl_avx512;
   if (current_isa() >= Isa::kAvx2) return relation_kl_avx2;
 #endif
@@ -167,12 +178,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl(const at::Tensor& tea
   const std::vector<double> weights = sequence_weights(layout, problem.heads, problem.tokens, reduction);
 
   const auto options = student_a.options().dtype(at::kFloat);
-  at::Tensor lse_teacher = at::empty({problem.heads, problem.tokens}, options);
-  at::Tensor lse_student = at::empty({problem.heads, problem.tokens}, options);
+  at::Tensor lse_teacher = at::empty({problem.heads, problem.tokens}, options.dtype(at::kDouble));
+  at::Tensor lse_student = at::empty_like(lse_teacher);
   at::Tensor divergence = at::empty({problem.heads, problem.tokens}, options);
   at::Tensor loss = at::empty({}, options);
-  problem.teacher.lse = lse_teacher.data_ptr<float>();
-  problem.student.lse = lse_student.data_ptr<float>();
+  problem.teacher.lse = lse_teacher.data_ptr<double>();
+  problem.student.lse = lse_student.data_ptr<double>();
   problem.divergence = divergence.data_ptr<float>();
   const bool symmetric = !teacher_b.has_value() && !student_b.has_value();
   const Tasks all = make_tasks(problem, layout, symmetric, weights);
@@ -193,10 +204,10 @@ std::tuple<at::Tensor, at::Tensor> relation_kl_backward(const at::Tensor& grad, 
   std::vector<double> weights = sequence_weights(layout, problem.heads, problem.tokens, reduction);
   check_floats(kOp, "grad", grad, {});
   for (double& weight : weights) weight *= *grad.const_data_ptr<float>();
-  check_floats(kOp, "lse_teacher", lse_teacher, {problem.heads, problem.tokens});
-  check_floats(kOp, "lse_student", lse_student, {problem.heads, problem.tokens});
-  problem.teacher.lse = lse_teacher.data_ptr<float>();
-  problem.student.lse = lse_student.data_ptr<float>();
+  check_statistics("lse_teacher", lse_teacher, problem);
+  check_statistics("lse_student", lse_student, problem);
+  problem.teacher.lse = lse_teacher.data_ptr<double>();
+  problem.student.lse = lse_student.data_ptr<double>();
 
   const bool one = !student_b.has_value();
   const Tasks all = make_tasks(problem, layout, one && !teacher_b.has_value(), weights);

@@ -16,7 +16,7 @@ struct RelationSide {
   bool bf16;  // storage of a and b; otherwise fp32
   int64_t size;
   double scale;
-  float* lse;  // [heads, tokens]: written by the forward, read by the backward pass
+  double* lse;  // [heads, tokens]: written by the forward, read by the backward pass
 };
 
 struct RelationProblem {

@@ -40,26 +40,33 @@ class RelationRows {
     return most;
   }
 
-  // Of a side's scores: positive, so that the greatest score stays the greatest.
-  static float factor(const RelationSide& side) {
-    const double size = side.scale < 0 ? -side.scale : side.scale;
-    return static_cast<float>((size == 0 ? 1.0 : size) * kLog2E);
-  }
-
-  // The sign of the scale, which is in the rows; zero if there is nothing of them in the scores.
-  static float sign(const RelationSide& side) { return side.scale > 0 ? 1.0f : side.scale < 0 ? -1.0f : 0.0f; }
-
-  void write_statistics(int64_t row, const RowState& state) const {
+  // `shift`: what was taken from the differences of exponents.
+  void write_statistics(int64_t row, const RowState& state, double shift = 0.0) const {
     const int64_t i = t_.head * p_.tokens + t_.first + row;
-    const float log_t = __builtin_logf(state.total_t), log_s = __builtin_logf(state.total_s);
-    p_.teacher.lse[i] = static_cast<float>(state.max_t * kLn2 + log_t);
-    p_.student.lse[i] = static_cast<float>(state.max_s * kLn2 + log_s);
-    p_.divergence[i] = static_cast<float>(state.dot / state.total_t * kLn2 - log_t + log_s);
+    const double log_t = __builtin_log(state.total_t), log_s = __builtin_log(state.total_s);
+    p_.teacher.lse[i] = state.max_t * kLn2 + log_t;
+    p_.student.lse[i] = state.max_s * kLn2 + log_s;
+    p_.divergence[i] = static_cast<float>((shift + state.dot / state.total_t) * kLn2 - log_t + log_s);
   }
 
-  // A row's log-sum-exp as a power of two.
-  float lse(const RelationSide& side, int64_t row) const {
-    return static_cast<float>(side.lse[t_.head * p_.tokens + t_.first + row] * kLog2E);
+  double lse(const RelationSide& side, int64_t row) const { return side.lse[t_.head * p_.tokens + t_.first + row]; }
+
+  // The reciprocal of each row's sum of exponentials.
+  void write_reciprocals(const RelationSide& side, float* to) const {
+    for (int64_t j = 0; j < length_; ++j) to[j] = static_cast<float>(__builtin_exp(-lse(side, j)));
+  }
+
+  template <class F>
+  static void for_groups(int rows, F f) {
+    int r = 0;
+    for (; r + kRowGroup <= rows; r += kRowGroup) f(Constant<kRowGroup>(), r);
+    for (; r < rows; ++r) f(Constant<1>(), r);
+  }
+
+  static float own_gradient(float t, float s, RowNorm norm_t, RowNorm norm_s) {
+    float scores_t[kLanes] = {t}, scores_s[kLanes] = {s};
+    take_gradients(scores_t, scores_s, 1, 1, 1.0f, 1.0f, norm_t, norm_s);
+    return scores_s[0];
   }
 
   template <class F>
@@ -69,12 +76,12 @@ class RelationRows {
     f(static_cast<float*>(gradients) + i);
   }
 
-  // Writes the gradients: of a's rows from row_sums [rows, width], of b's rows from column_sums [size, stride]. `sign`
-  // is that of the rows that the column sums were made of.
-  void write_gradients(const float* row_sums, int64_t width, const float* column_sums, int64_t stride) const {
-    const double scale = p_.student.scale;
-    const float factor_a = static_cast<float>(scale * t_.weight);
-    const float factor_b = static_cast<float>((scale < 0 ? -scale : scale) * t_.weight);
+  // Writes the gradients: of a's rows from row_sums [rows, width], of b's rows from column_sums [size, stride], which
+  // are in units of `column_unit`.
+  void write_gradients(const float* row_sums, int64_t width, const float* column_sums, int64_t stride,
+                       double column_unit) const {
+    const float factor_a = static_cast<float>(p_.student.scale * t_.weight);
+    const float factor_b = static_cast<float>(column_unit * t_.weight);
     const bool both = p_.grad_b == nullptr;
     for (int64_t j = 0; j < length_; j += kLanes) {
       for (int64_t d = 0; d < p_.student.size; d += kLanes) {
@@ -103,10 +110,10 @@ class RelationRows {
   }
 };
 
-// One side's data, unpacked to floats.
+// One side's data, unpacked to floats. The rows are scaled so that scores are powers of two.
 struct UnpackedSide {
   const RelationSide& side;
-  float factor, sign;
+  float scale;
   float* columns;  // b: [size, stride], zeros beyond the length
   float* rows;     // a tile of a: [size, kRowStride]
 };
@@ -125,7 +132,8 @@ class RelationHead : RelationRows {
   void forward() {
     unpack_columns(teacher_);
     unpack_columns(student_);
-    if (is_triangle()) return forward_triangle();
+    float* differences = zeros(stride_);
+    if (is_triangle(differences)) return forward_triangle(differences);
     for_tiles([&](auto constant, int64_t row, int rows) { forward_tile<decltype(constant)::value>(row, rows); });
   }
 
@@ -136,14 +144,16 @@ class RelationHead : RelationRows {
     for (int64_t j = 0; j < length_; ++j) unpack_value(j);
     column_sums_ = zeros((p_.student.size + 1) * stride_);
     row_sums_ = zeros((t_.row_end - t_.row_begin + kTileRows) * width_);
-    if (is_triangle())
+    if (is_triangle(zeros(stride_)))
       backward_triangle();
     else
       for_tiles([&](auto constant, int64_t row, int rows) { backward_tile<decltype(constant)::value>(row, rows); });
-    write_gradients(row_sums_, width_, column_sums_, stride_);
+    write_gradients(row_sums_, width_, column_sums_, stride_, kLn2);
   }
 
  private:
+  static constexpr float kFactor = 1.0f;
+
   float* take(int64_t floats) {
     float* memory = memory_;
     memory_ += round_up(floats, 16);
@@ -158,7 +168,7 @@ class RelationHead : RelationRows {
 
   UnpackedSide set_up(const RelationSide& side) {
     float* columns = take(side.size * stride_);
-    return {side, factor(side), sign(side), columns, take((side.size + 1) * kRowStride)};
+    return {side, static_cast<float>(side.scale * kLog2E), columns, take((side.size + 1) * kRowStride)};
   }
 
   void unpack_columns(UnpackedSide& side) {
@@ -183,8 +193,7 @@ class RelationHead : RelationRows {
     with_row(s.a, s.bf16, t_.first + row, t_.head, [&](auto* a) {
       write_transposed([&](int64_t r) { return a + r * s.a.token; }, rows, s.size, side.rows, kRowStride);
     });
-    if (side.sign == 1.0f) return;
-    for (int64_t i = 0; i < s.size * kRowStride; ++i) side.rows[i] *= side.sign;
+    for (int64_t i = 0; i < s.size * kRowStride; ++i) side.rows[i] *= side.scale;
   }
 
   template <class F>
@@ -214,7 +223,7 @@ class RelationHead : RelationRows {
     float score = 0.0f;
     for (int64_t d = 0; d < side.side.size; ++d)
       score += side.rows[d * kRowStride + r] * side.columns[d * stride_ + row];
-    return score * side.factor;
+    return score;
   }
 
   template <int Padded>
@@ -228,8 +237,8 @@ class RelationHead : RelationRows {
       for (int r = 0; r < rows; ++r) {
         const int64_t left = prefix(row + r) - first, seen = left < count ? left : count;
         if (seen <= 0) continue;
-        see_columns(states[r], scores_t_ + r * kRelationStride, scores_s_ + r * kRelationStride, seen, teacher_.factor,
-                    student_.factor);
+        see_columns(states[r], scores_t_ + r * kRelationStride, scores_s_ + r * kRelationStride, seen, kFactor,
+                    kFactor);
       }
     });
     for (int r = 0; r < rows; ++r) write_statistics(row + r, states[r]);
@@ -238,39 +247,43 @@ class RelationHead : RelationRows {
   template <int Padded>
   void backward_tile(int64_t row, int rows) {
     float* row_sums = row_sums_ + (row - t_.row_begin) * width_;
-    float lse_t[kTileRows], lse_s[kTileRows];
+    RowNorm norm_t[kTileRows], norm_s[kTileRows];
     for (int r = 0; r < rows; ++r) {
-      lse_t[r] = lse(p_.teacher, row + r);
-      lse_s[r] = lse(p_.student, row + r);
-      if (is_pseudo(row + r)) add_own_gradient(row + r, r, lse_t[r], lse_s[r], row_sums + r * width_);
+      norm_t[r] = row_norm(lse(p_.teacher, row + r));
+      norm_s[r] = row_norm(lse(p_.student, row + r));
+      if (is_pseudo(row + r)) add_own_gradient(row + r, r, norm_t[r], norm_s[r], row_sums + r * width_);
     }
     for_blocks<Padded>(0, visible_columns(row, row + rows), [&](int64_t first, int64_t count) {
       for (int r = 0; r < rows; ++r) {
         const int64_t left = prefix(row + r) - first, seen = left < count ? left : count;
         take_gradients(scores_t_ + r * kRelationStride, scores_s_ + r * kRelationStride, seen > 0 ? seen : 0, count,
-                       teacher_.factor, student_.factor, lse_t[r], lse_s[r]);
+                       kFactor, kFactor, norm_t[r], norm_s[r]);
       }
       add_row_sums<Padded>(scores_s_, values_ + first * width_, count, width_, row_sums);
       add_column_sums(student_.rows, scores_s_, rows, p_.student.size, count, stride_, column_sums_ + first);
     });
   }
 
-  void add_own_gradient(int64_t row, int r, float lse_t, float lse_s, float* row_sums) {
-    const Vec exponents =
-        first_lanes(1, splat(own_score(student_, row, r) - lse_s), splat(own_score(teacher_, row, r) - lse_t));
-    const Vec exponentials = exp2(exponents);
-    const float gradient = exponentials[0] - exponentials[1];
+  void add_own_gradient(int64_t row, int r, RowNorm norm_t, RowNorm norm_s, float* row_sums) {
+    const float gradient = own_gradient(own_score(teacher_, row, r), own_score(student_, row, r), norm_t, norm_s);
     for (int64_t d = 0; d < p_.student.size; ++d) {
       row_sums[d] += gradient * values_[row * width_ + d];
       column_sums_[d * stride_ + row] += gradient * student_.rows[d * kRowStride + r];
     }
   }
 
-  // Whether the task is a triangle and no score can be so large that a maximum must be subtracted.
-  bool is_triangle() const { return t_.triangle && bound(teacher_) <= kBounded && bound(student_) <= kBounded; }
+  // Whether the task is a triangle and no score can be so large that a maximum must be subtracted. If so, writes the
+  // difference of both sides' scores of each row with itself.
+  bool is_triangle(float* differences) {
+    if (!t_.triangle) return false;
+    float* squares = zeros(stride_);
+    if (!(own_scores(teacher_, differences) <= kBounded && own_scores(student_, squares) <= kBounded)) return false;
+    for (int64_t j = 0; j < length_; j += kLanes) store(differences + j, load(differences + j) - load(squares + j));
+    return true;
+  }
 
-  // Of the scores of a symmetric relation: the largest square of a row.
-  float bound(const UnpackedSide& side) const {
+  // Of a symmetric relation; returns the largest, which bounds all scores.
+  float own_scores(const UnpackedSide& side, float* to) const {
     Vec most = {};
     for (int64_t j = 0; j < length_; j += kLanes) {
       Vec squares = {};
@@ -278,43 +291,36 @@ class RelationHead : RelationRows {
         const Vec x = load(side.columns + d * stride_ + j);
         squares += x * x;
       }
+      store(to + j, squares * side.scale);
       most = maximum(most, squares);
     }
-    return largest(most) * side.factor;
+    return largest(most) * __builtin_fabsf(side.scale);
   }
 
-  void forward_triangle() {
-    const BoundedSums sums = {zeros(stride_), zeros(stride_), zeros(stride_)};
+  void forward_triangle(const float* differences) {
+    const BoundedSums sums = {zeros(stride_), zeros(stride_), zeros(stride_), differences};
     for_tiles([&](auto constant, int64_t row, int rows) {
       for_blocks<decltype(constant)::value>(row, length_, [&](int64_t first, int64_t count) {
         for_groups(rows, [&](auto group, int r) {
           see_both<decltype(group)::value>(scores_t_ + r * kRelationStride, scores_s_ + r * kRelationStride, count,
-                                           row + rows - first, teacher_.factor, student_.factor, sums.from(row + r),
-                                           sums.from(first));
+                                           row + rows - first, kFactor, kFactor, sums.from(row + r), sums.from(first));
         });
       });
       for (int64_t i = row; i < row + rows; ++i)
-        write_statistics(i, {0.0f, 0.0f, sums.total_t[i], sums.total_s[i], sums.dot[i]});
+        write_statistics(i, {0.0f, 0.0f, sums.total_t[i], sums.total_s[i], sums.dot[i]}, differences[i]);
     });
   }
 
   void backward_triangle() {
     float *reciprocals_t = zeros(stride_), *reciprocals_s = zeros(stride_);
-    for (int64_t j = 0; j < length_; j += kLanes)
-      for (int64_t i = 0; i < kLanes && j + i < length_; ++i) {
-        reciprocals_t[j + i] = -lse(p_.teacher, j + i);
-        reciprocals_s[j + i] = -lse(p_.student, j + i);
-      }
-    for (int64_t j = 0; j < length_; j += kLanes) {
-      store(reciprocals_t + j, exp2(load(reciprocals_t + j)));
-      store(reciprocals_s + j, exp2(load(reciprocals_s + j)));
-    }
+    write_reciprocals(p_.teacher, reciprocals_t);
+    write_reciprocals(p_.student, reciprocals_s);
     for_tiles([&](auto constant, int64_t row, int rows) {
       constexpr int kPadded = decltype(constant)::value;
       for_blocks<kPadded>(row, length_, [&](int64_t first, int64_t count) {
         for_groups(rows, [&](auto group, int r) {
           take_both_gradients<decltype(group)::value>(scores_t_ + r * kRelationStride, scores_s_ + r * kRelationStride,
-                                                      count, row + rows - first, teacher_.factor, student_.factor,
+                                                      count, row + rows - first, kFactor, kFactor,
                                                       {reciprocals_t + row + r, reciprocals_s + row + r},
                                                       {reciprocals_t + first, reciprocals_s + first});
         });
@@ -322,13 +328,6 @@ class RelationHead : RelationRows {
         add_column_sums(student_.rows, scores_s_, rows, p_.student.size, count, stride_, column_sums_ + first);
       });
     });
-  }
-
-  template <class F>
-  static void for_groups(int rows, F f) {
-    int r = 0;
-    for (; r + kRowGroup <= rows; r += kRowGroup) f(Constant<kRowGroup>(), r);
-    for (; r < rows; ++r) f(Constant<1>(), r);
   }
 
   alignas(64) float scores_t_[kTileRows * kRelationStride];

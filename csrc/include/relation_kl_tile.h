@@ -143,12 +143,24 @@ inline void see_columns(RowState& state, const float* t, const float* s, int64_t
   state.max_s = max_s;
 }
 
+// A row's log-sum-exp as a power of two: the nearest float, and the factor of the probabilities that makes up for what
+// that lacks. Without it the whole row would be off by the rounding.
+struct RowNorm {
+  float lse, correction;
+};
+
+inline RowNorm row_norm(double lse) {
+  const double exponent = lse * kLog2E;
+  const float nearest = static_cast<float>(exponent);
+  return {nearest, static_cast<float>(1.0 + (nearest - exponent) * kLn2)};
+}
+
 // Scores of a row to the gradient in units of its weight, in the place of the student's; zeros from `count` to `end`.
-// lse: of the row, as powers of two.
 inline void take_gradients(const float* t, float* s, int64_t count, int64_t end, float factor_t, float factor_s,
-                           float lse_t, float lse_s) {
+                           RowNorm norm_t, RowNorm norm_s) {
   auto gradient = [&](int64_t j) {
-    return exp2(load(s + j) * factor_s - lse_s) - exp2(load(t + j) * factor_t - lse_t);
+    const Vec p = exp2(load(t + j) * factor_t - norm_t.lse), q = exp2(load(s + j) * factor_s - norm_s.lse);
+    return q * norm_s.correction - p * norm_t.correction;
   };
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes) store(s + j, gradient(j));
@@ -161,11 +173,13 @@ inline void take_gradients(const float* t, float* s, int64_t count, int64_t end,
 
 inline Vec after_lanes(int64_t count, Vec v) { return lane_index() < splat(static_cast<float>(count)) ? Vec{} : v; }
 
-// Sums of one row or column whose scores are bounded: no maximum is subtracted.
+// Sums of rows or columns whose scores are bounded: no maximum is subtracted. From the differences of exponents that
+// `dot` weighs, `shift` is taken: that of the score of a row with itself, often the greatest, so that little cancels.
 struct BoundedSums {
   float *total_t, *total_s, *dot;
+  const float* shift;
 
-  BoundedSums from(int64_t i) const { return {total_t + i, total_s + i, dot + i}; }
+  BoundedSums from(int64_t i) const { return {total_t + i, total_s + i, dot + i, shift + i}; }
 };
 
 // Adds `count` columns to the sums of Rows rows, and these rows to the sums of the columns from `own` on.
@@ -174,16 +188,17 @@ inline void see_both(const float* t, const float* s, int64_t count, int64_t own,
                      const BoundedSums& rows, const BoundedSums& columns) {
   Vec total_t[Rows] = {}, total_s[Rows] = {}, dot[Rows] = {};
   auto see = [&](int64_t j, auto keep, auto keep_column) {
+    const Vec shift = load(columns.shift + j);
     Vec column_t = {}, column_s = {}, column_dot = {};
     for (int r = 0; r < Rows; ++r) {
       const Vec x = load(t + r * kRelationStride + j) * factor_t, y = load(s + r * kRelationStride + j) * factor_s;
-      const Vec e = keep(exp2(x)), f = keep(exp2(y)), product = e * (x - y);
+      const Vec e = keep(exp2(x)), f = keep(exp2(y)), difference = x - y;
       total_t[r] += e;
       total_s[r] += f;
-      dot[r] += product;
+      dot[r] += e * (difference - rows.shift[r]);
       column_t += e;
       column_s += f;
-      column_dot += product;
+      column_dot += e * (difference - shift);
     }
     store(columns.total_t + j, load(columns.total_t + j) + keep_column(column_t));
     store(columns.total_s + j, load(columns.total_s + j) + keep_column(column_s));

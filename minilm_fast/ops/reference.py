@@ -153,15 +153,16 @@ def relation_kl(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Specification of :func:`minilm_fast.ops.relation_kl`.
 
-    Same arguments; returns ``(loss, lse_teacher [H, tokens], lse_student [H, tokens])``. In fp64 if one of the
-    tensors is, else in fp32.
+    Same arguments; returns ``(loss, lse_teacher, lse_student)``, the latter fp64 ``[heads, tokens]``. Computed in fp64
+    if one of the tensors is, else in fp32.
     """
     tensors = (teacher_a.detach(), teacher_b.detach(), student_a, student_b)
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     ta, tb, sa, sb = (x.to(dtype) for x in tensors)
     heads = student_a.shape[1]
     if layout.total == 0 or heads == 0:
-        return sa.sum() + sb.sum(), ta.new_zeros(heads, layout.total), sa.new_zeros(heads, layout.total)
+        empty = sa.new_zeros(heads, layout.total, dtype=torch.float64)
+        return sa.sum() + sb.sum(), empty, empty.clone()
     mask = layout.dense_mask()[:, None]
     valid = mask.any(-1)
     # A row beyond the length must see something: the gradient of its log-sum-exp would be NaN.
@@ -174,7 +175,7 @@ def relation_kl(
     sums = torch.where(valid, divergence, 0.0).sum((1, 2))
     loss = (sums * _sequence_weights(layout, heads, reduction, dtype)).sum()
     sequence, token = _padded_index(layout)
-    packed = [n.detach().transpose(1, 2)[sequence, token].transpose(0, 1).contiguous() for n in lse]
+    packed = [n.detach().double().transpose(1, 2)[sequence, token].transpose(0, 1).contiguous() for n in lse]
     return loss, packed[0], packed[1]
 
 

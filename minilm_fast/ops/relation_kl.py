@@ -13,7 +13,8 @@ The loss is the weighted sum of ``KL_i`` over rows and heads, with the weight ``
     sum          w = 1
 
 Its gradient with respect to the student's scores is ``w (q_ij - p_ij)``. Neither ``t`` nor ``s`` is ever stored: the
-forward pass keeps the log-sum-exp of each row, the backward pass computes the scores again, a tile at a time.
+forward pass keeps the log-sum-exp of each row (in fp64: rounded to fp32 it would shift all of the row's
+probabilities), the backward pass computes the scores again, a tile at a time.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _fake(
     teacher_a: torch.Tensor, teacher_b: Optional, student_a: torch.Tensor, *_: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     def statistics() -> torch.Tensor:
-        return student_a.new_empty((student_a.shape[1], student_a.shape[0]), dtype=torch.float32)
+        return student_a.new_empty((student_a.shape[1], student_a.shape[0]), dtype=torch.float64)
 
     return student_a.new_empty((), dtype=torch.float32), statistics(), statistics()
 
