@@ -4,8 +4,9 @@ v1: Wang et al., arXiv 2002.10957, section 4.1: 256 sequences of at most 512 tok
 (1024 and 5e-4 for the student of 6 layers and 768 hidden units), 400,000 steps, linear warm-up over the first
 4,000 and linear decay, Adam with betas 0.9 and 0.999, dropout 0.1, weight decay 0.01; the last layer of both models.
 
-v2: Wang et al., arXiv 2012.15828, section 4.1: the same with peak learning rate 6e-4; 48 relation heads for teachers of
-base size and 64 for large ones; of 24 layers the 21st for BERT, the 19th for RoBERTa and XLM-R.
+v2: Wang et al., arXiv 2012.15828: 48 relation heads for teachers of base size and 64 for large ones; of 24 layers the
+21st for BERT, the 19th for RoBERTa and XLM-R. Batch, steps, warm-up and weight decay are those of v1 and the peak
+learning rate is 6e-4, as in the configuration that bloomberg/minilmv2.bb has for it.
 
 Adam's epsilon of 1e-6 is BERT's; the papers do not name it.
 """

@@ -30,9 +30,9 @@ class Relation:
         return self.a + self.b
 
 
-# MiniLM (arXiv 2002.10957), equation 7: attention transfer and value relation.
+# MiniLM (arXiv 2002.10957), equation 10: attention transfer and value relation.
 V1 = (Relation("q", "k"), Relation("v", "v"))
-# MiniLMv2 (arXiv 2012.15828), equations 3 to 5 with all weights 1.
+# MiniLMv2 (arXiv 2012.15828), section 3, with all weights 1.
 V2 = (Relation("q", "q"), Relation("k", "k"), Relation("v", "v"))
 _PRESETS = {"v1": V1, "v2": V2}
 
