@@ -47,3 +47,7 @@ def test_seeds_follow_the_generator() -> None:
     first = draw_seeds(4)
     torch.manual_seed(3)
     assert torch.equal(first, draw_seeds(4)) and first.min() >= 0 and first.unique().numel() == 4
+
+
+def test_a_probability_that_rounds_to_one_drops_everything() -> None:
+    assert not dropout_factors(1 - 2**-20, torch.tensor([1]), 3, 50).any()

@@ -69,7 +69,7 @@ def dropout_factors(
     word = torch.stack(words).gather(0, (column // 32 % 4).expand(1, *shape))[0]
     half = torch.where(column // 16 % 2 == 1, word >> 16, word & 0xFFFF)
     threshold = round(65536 * probability)
-    return (half >= threshold).float() * (65536 / (65536 - threshold))
+    return (half >= threshold).float() * (65536 / max(1, 65536 - threshold))
 
 
 def draw_seeds(count: int) -> torch.Tensor:
