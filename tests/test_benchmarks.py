@@ -171,3 +171,15 @@ def test_data_that_is_not_there_gives_one_line(tmp_path: Path) -> None:
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: --data") and "none.jsonl" in line
+
+
+def test_history_is_plotted(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    history = tmp_path / "history.json"
+    records = [{"step": s, "learning_rate": 0.1, "loss": 3 / s, "dev_loss": 2 / s, "dev_bleu4": s} for s in (1, 2)]
+    history.write_text(json.dumps({"records": records}))
+    assert run("plot_history.py", str(history), "--batch", "4", "--out", str(tmp_path / "run.png")).returncode == 0
+    assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    history.write_text("{}")
+    done = run("plot_history.py", str(history), "--out", str(tmp_path / "other.png"))
+    assert done.returncode == 2 and "is no history" in done.stderr
