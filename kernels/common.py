@@ -38,6 +38,32 @@ def check_rows(op: str, name: str, x: torch.Tensor, shape: torch.Size, device: t
     check(x.shape[-1] <= 1 or x.stride(-1) == 1, f"{op}: the last dimension of {name} must be contiguous")
 
 
+def check_sequences(
+    op: str,
+    tokens: int,
+    device: torch.device,
+    cu_seqlens: torch.Tensor,
+    segments: torch.Tensor,
+    cu_queries: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> None:
+    """Shapes and types only: that the numbers add up could not be seen without waiting for the GPU."""
+    batch = segments.shape[0]
+    shapes = {
+        "cu_seqlens": (cu_seqlens, (batch + 1,)),
+        "segments": (segments, (batch, 3)),
+        "cu_queries": (cu_queries, (batch + 1,)),
+        "position_ids": (position_ids, (tokens,)),
+    }
+    for name, (x, shape) in shapes.items():
+        if x is None:
+            continue
+        check(x.dtype == torch.int32, f"{op}: {name} must be int32, got {x.dtype}")
+        check(x.device == device, f"{op}: {name} must be on {device}, got {x.device}")
+        check(x.shape == shape, f"{op}: {name} must have the shape {list(shape)}, got {list(x.shape)}")
+        check(x.is_contiguous(), f"{op}: {name} must be contiguous")
+
+
 def with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     """A gradient comes from anywhere, expanded for instance."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
@@ -124,3 +150,78 @@ def dropout_keep_one(low, high, threshold, stream, row, column):
     one = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     half = tl.where(column // 16 % 2 == 1, one >> 16, one & 0xFFFF)
     return half >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def visible_prefix(row, source, target):
+    """How many of a sequence's first columns a row sees (ops/layout.py); a pseudo row sees itself besides.
+
+    All masks of the family are such a prefix: a target row's ends with itself, a pseudo row's before the target it
+    stands for.
+    """
+    end = source + target
+    return tl.where(row < source, source, tl.where(row < end, row + 1, tl.minimum(row - target, end)))
+
+
+@triton.jit
+def load_rows(base, row, stride, inside, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """``[rows, PADDED]`` of a matrix whose rows have SIZE numbers: zeros where not ``inside`` and beyond SIZE."""
+    dim = tl.arange(0, PADDED)
+    mask = inside[:, None]
+    if PADDED > SIZE:
+        mask = mask & (dim < SIZE)[None, :]
+    return tl.load(base + row.to(tl.int64)[:, None] * stride + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, row, stride, inside, x, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """The converse of ``load_rows``."""
+    dim = tl.arange(0, PADDED)
+    mask = inside[:, None]
+    if PADDED > SIZE:
+        mask = mask & (dim < SIZE)[None, :]
+    tl.store(base + row.to(tl.int64)[:, None] * stride + dim[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def overlap(begin, end, least):
+    """A range without what lies before ``least``; its end is not before its begin."""
+    begin = tl.maximum(begin, least)
+    return begin, tl.maximum(begin, end)
+
+
+@triton.jit
+def rows_that_see(first, last, row_begin, source, target, length, PARTIAL: tl.constexpr):
+    """The rows that see all of the columns ``[first, last)`` as part of their prefix, or, PARTIAL, some but not all.
+
+    Three ranges, of source, target and pseudo rows, without the rows before ``row_begin``.
+    """
+    end = source + target
+    pseudo_full = tl.where(last <= end, tl.minimum(tl.maximum(last + target, end), length), length)
+    target_full = tl.minimum(tl.maximum(last - 1, source), end)
+    if PARTIAL:
+        a, a_end = overlap(0, tl.where((first < source) & (last > source), source, 0), row_begin)
+        b, b_end = overlap(tl.maximum(first, source), target_full, row_begin)
+        c, c_end = overlap(tl.maximum(first + target + 1, end), tl.where(first < end, pseudo_full, 0), row_begin)
+    else:
+        a, a_end = overlap(0, tl.where(last <= source, source, 0), row_begin)
+        b, b_end = overlap(target_full, end, row_begin)
+        c, c_end = overlap(pseudo_full, length, row_begin)
+    return a, a_end, b, b_end, c, c_end
+
+
+@triton.jit
+def tile_of(index, a, a_end, b, b_end, c, c_end, ROWS: tl.constexpr):
+    """First row and end of the range of tile ``index``, when each of three ranges is cut into tiles of ROWS."""
+    of_a = tl.cdiv(a_end - a, ROWS)
+    of_b = tl.cdiv(b_end - b, ROWS)
+    if index < of_a:
+        start = a + index * ROWS
+        stop = a_end
+    elif index < of_a + of_b:
+        start = b + (index - of_a) * ROWS
+        stop = b_end
+    else:
+        start = c + (index - of_a - of_b) * ROWS
+        stop = c_end
+    return start, stop

@@ -85,7 +85,37 @@ def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             )
 
 
-CASES = (norm_cases,)
+def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    module = _triton.kernels("attention")
+    cu = torch.tensor([0, ROWS], dtype=torch.int32)
+    segments = torch.tensor([[ROWS - 64, 32, 32]], dtype=torch.int32)
+    positions = torch.arange(ROWS, dtype=torch.int32)
+    # Dropout, relative bias and few rows that ask each compile the kernels anew.
+    for size, dtype, kinds in (
+        (32, torch.bfloat16, ("plain", "dropout", "bias")),
+        (64, torch.float16, ("plain", "dropout")),
+        (128, torch.bfloat16, ("plain",)),
+        (32, torch.float32, ("dropout",)),
+    ):
+        for kind in kinds:
+            projection = torch.zeros(ROWS, 3, 12, size, dtype=dtype)
+            lse = torch.zeros(12, ROWS)
+            bias = torch.zeros(12, 257) if kind == "bias" else None
+            dropout = 0.0 if kind == "plain" else 0.1
+            options = (cu, segments, None, ROWS, size**-0.5, bias, None if bias is None else positions, dropout, SEED)
+
+            def forward(x: torch.Tensor = projection, options: Any = options) -> None:
+                module.projected_attention(x, None, *options)
+
+            def backward(x: torch.Tensor = projection, lse: torch.Tensor = lse, options: Any = options) -> None:
+                y = x[:, 0].contiguous()
+                module.projected_attention_backward(y, x, None, y, lse, *options, options[5] is not None)
+
+            yield f"attention {size} {dtype} {kind}", forward
+            yield f"attention backward {size} {dtype} {kind}", backward
+
+
+CASES = (norm_cases, attention_cases)
 
 
 def compile_all(archs: list[int], only: str) -> Iterator[dict[str, Any]]:

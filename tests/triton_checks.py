@@ -20,10 +20,11 @@ EPSILON = torch.finfo(torch.float32).eps
 
 
 def _round_as_a_gpu_does() -> None:
-    """Triton's interpreter cuts fp32 off to bf16; every GPU rounds to nearest even."""
+    """Triton's interpreter cuts fp32 off to bf16, where every GPU rounds to nearest even, and cannot multiply bf16."""
+    import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    convert = InterpreterBuilder.cast_impl
+    convert, multiply = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast(self: Any, source: Any, dtype: Any) -> Any:
         types = str(source.dtype.scalar), str(dtype.scalar)
@@ -34,7 +35,13 @@ def _round_as_a_gpu_does() -> None:
             return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), dtype.scalar)
         return convert(self, source, dtype)
 
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if str(a.dtype.scalar) == "bf16":
+            a, b = (TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) for x in (a, b))
+        return multiply(self, a, b, *rest)
+
     InterpreterBuilder.cast_impl = cast
+    InterpreterBuilder.create_dot = dot
 
 
 if DEVICE == "cpu":

@@ -18,8 +18,10 @@ import torch
 
 import minilm_fast
 
-OPERATORS = {"bias_gelu": "norm", "dropout_add_layer_norm": "norm"}
-"""The operators that have Triton kernels, and the file of ``kernels/`` that holds them."""
+OPERATORS = ("attention", "bias_gelu", "dropout_add_layer_norm", "projected_attention")
+"""The operators that have Triton kernels."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_HEAD_SIZES = (32, 64, 128)
 _LEAST_CAPABILITY = (8, 0)
 
 
@@ -60,3 +62,15 @@ def unusable(operator: str, device: torch.device) -> str | None:
     elif (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}, below 8.0"
     return _missing()
+
+
+def refuse_attention(q: torch.Tensor) -> dict[str, str | None]:
+    """Why the Triton kernels cannot run attention for these queries."""
+    if q.shape[-1] not in _HEAD_SIZES:
+        return {"triton": f"the head size {q.shape[-1]} is none of 32, 64 and 128"}
+    return refuse_dtype(q)
+
+
+def refuse_dtype(x: torch.Tensor) -> dict[str, str | None]:
+    """Why the Triton kernels cannot run on numbers of this type."""
+    return {"triton": None if x.dtype in _DTYPES else f"the tensors are {x.dtype}, not fp16, bf16 or fp32"}

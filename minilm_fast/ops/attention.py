@@ -14,13 +14,14 @@ For head ``h`` and row ``i`` of a sequence, with ``M_i`` the set of columns the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from minilm_fast.ops import reference
+from minilm_fast.ops import _triton, reference
 from minilm_fast.ops._dispatch import select
-from minilm_fast.ops._library import LIBRARY, define
+from minilm_fast.ops._library import LIBRARY, define, define_triton
 from minilm_fast.ops.layout import SequenceLayout
 
 _LAYOUT = (
@@ -148,25 +149,30 @@ def _fake_projected_backward(
     return projection.new_empty(projection.shape), own, _fake_bias(grad_out, rest)
 
 
-_op = define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)", reference=_reference, fake=_fake
-)
-_backward_op = define(
+_SCHEMA = f"attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
     f"attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LAYOUT}, "
-    "bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=_reference_backward,
-    fake=_fake_backward,
+    "bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_projected_op = define(
-    f"projected_attention(Tensor projection, Tensor? queries, {_LAYOUT}) -> (Tensor, Tensor)",
-    reference=_reference_projected,
-    fake=_fake_projected,
-)
-_projected_backward_op = define(
+_PROJECTED_SCHEMA = f"projected_attention(Tensor projection, Tensor? queries, {_LAYOUT}) -> (Tensor, Tensor)"
+_PROJECTED_BACKWARD_SCHEMA = (
     f"projected_attention_backward(Tensor grad_out, Tensor projection, Tensor? queries, Tensor out, Tensor lse, "
-    f"{_LAYOUT}, bool bias_gradient) -> (Tensor, Tensor, Tensor)",
-    reference=_reference_projected_backward,
-    fake=_fake_projected_backward,
+    f"{_LAYOUT}, bool bias_gradient) -> (Tensor, Tensor, Tensor)"
+)
+_op = define(_SCHEMA, reference=_reference, fake=_fake)
+_backward_op = define(_BACKWARD_SCHEMA, reference=_reference_backward, fake=_fake_backward)
+_projected_op = define(_PROJECTED_SCHEMA, reference=_reference_projected, fake=_fake_projected)
+_projected_backward_op = define(
+    _PROJECTED_BACKWARD_SCHEMA, reference=_reference_projected_backward, fake=_fake_projected_backward
+)
+_triton_op, _triton_backward_op, _triton_projected_op, _triton_projected_backward_op = (
+    define_triton(schema, kernels="attention", fake=fake)
+    for schema, fake in (
+        (_SCHEMA, _fake),
+        (_BACKWARD_SCHEMA, _fake_backward),
+        (_PROJECTED_SCHEMA, _fake_projected),
+        (_PROJECTED_BACKWARD_SCHEMA, _fake_projected_backward),
+    )
 )
 
 
@@ -194,18 +200,19 @@ def _gradients(ctx: Any, operator: Any, operands: int, grad_out: torch.Tensor | 
     return tuple(gradients)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[Any, ...]:
-    return _gradients(ctx, _backward_op, 3, grad_out)
+def _backward(operator: Any, operands: int, ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[Any, ...]:
+    return _gradients(ctx, operator, operands, grad_out)
 
 
-def _projected_backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[Any, ...]:
-    return _gradients(ctx, _projected_backward_op, 2, grad_out)
-
-
-torch.library.register_autograd("minilm_fast::attention", _backward, setup_context=_save, lib=LIBRARY)
-torch.library.register_autograd(
-    "minilm_fast::projected_attention", _projected_backward, setup_context=_save, lib=LIBRARY
-)
+for _name, _operator, _operands in (
+    ("attention", _backward_op, 3),
+    ("projected_attention", _projected_backward_op, 2),
+    ("triton_attention", _triton_backward_op, 3),
+    ("triton_projected_attention", _triton_projected_backward_op, 2),
+):
+    torch.library.register_autograd(
+        f"minilm_fast::{_name}", partial(_backward, _operator, _operands), setup_context=_save, lib=LIBRARY
+    )
 
 
 def attention(
@@ -224,8 +231,8 @@ def attention(
 
     Args:
         q: ``[layout.total_queries, heads, head_dim]``: the rows that ask, by default all.
-        k, v: ``[tokens, heads, head_dim]``. All three are of one dtype, fp32 or bf16; the last dimension is contiguous,
-            the others may be strided, so views of a fused projection need no copy.
+        k, v: ``[tokens, heads, head_dim]``. All three are of one dtype, fp32 or bf16 on a GPU fp16 too; the last
+            dimension is contiguous, the others may be strided, so views of a fused projection need no copy.
         layout: lengths and mask of the batch.
         scale: factor of the scores, ``head_dim ** -0.5`` if None.
         relative_bias: fp32 ``[heads, 2R + 1]``, added by the distance of the positions, clamped to ``[-R, R]``.
@@ -244,7 +251,8 @@ def attention(
     _check(q, k, v, layout, dropout, seed)
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
-    run = _reference if select("attention", q, k, v, relative_bias) == "reference" else _op
+    backend = select("attention", q, k, v, relative_bias, refusals=_triton.refuse_attention(q))
+    run = {"reference": _reference, "triton": _triton_op}.get(backend, _op)
     out, lse = run(q, k, v, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
     return out, lse.detach()
 
@@ -279,8 +287,8 @@ def projected_attention(
     _check(q, k, v, layout, dropout, seed)
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
-    backend = select("projected_attention", projection, queries, relative_bias)
-    run = _reference_projected if backend == "reference" else _projected_op
+    backend = select("projected_attention", projection, queries, relative_bias, refusals=_triton.refuse_attention(q))
+    run = {"reference": _reference_projected, "triton": _triton_projected_op}.get(backend, _projected_op)
     out, lse = run(projection, queries, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
     return out, lse.detach()
 

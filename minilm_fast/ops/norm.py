@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from minilm_fast.ops import reference
+from minilm_fast.ops import _triton, reference
 from minilm_fast.ops._dispatch import select
 from minilm_fast.ops._library import LIBRARY, define, define_triton
 from minilm_fast.ops.dropout import dropout_factors
 
 Optional = torch.Tensor | None
+_MOST_TRITON_CHANNELS = 8192
 
 
 def _sum(
@@ -135,6 +136,12 @@ _embed_op = define(
 )
 
 
+def _refuse(x: torch.Tensor) -> dict[str, str | None]:
+    if x.shape[-1] > _MOST_TRITON_CHANNELS:
+        return {"triton": f"the {x.shape[-1]} channels are more than {_MOST_TRITON_CHANNELS}"}
+    return _triton.refuse_dtype(x)
+
+
 def _gradients_differ(x: torch.Tensor, residual: Optional, dropout: float) -> bool:
     return residual is not None and (dropout > 0 or residual.dtype != x.dtype)
 
@@ -234,7 +241,7 @@ def dropout_add_layer_norm(
     if dropout > 0 and seed is None:
         raise ValueError("dropout_add_layer_norm: dropout needs a seed")
     drawn = seed if dropout > 0 else None
-    chosen = select("dropout_add_layer_norm", x, residual, weight, bias, x_bias)
+    chosen = select("dropout_add_layer_norm", x, residual, weight, bias, x_bias, refusals=_refuse(x))
     if chosen == "reference":
         return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout, drawn, x_bias)
     op = _triton_dropout_norm_op if chosen == "triton" else _dropout_norm_op
@@ -255,7 +262,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor
     Raises:
         RuntimeError: shapes do not fit.
     """
-    chosen = select("bias_gelu", x, bias)
+    chosen = select("bias_gelu", x, bias, refusals=_triton.refuse_dtype(x))
     if chosen == "reference":
         return reference.bias_gelu(x, bias)
     return _triton_gelu_op(x, bias) if chosen == "triton" else _gelu_op(x, bias)
