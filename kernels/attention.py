@@ -18,6 +18,7 @@ from minilm_fast.kernels.common import (
     LN2,
     LOG2E,
     Dropout,
+    capability,
     check,
     check_rows,
     check_sequences,
@@ -50,16 +51,21 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def forward_tiles(size: int, dtype: torch.dtype) -> Tiles:
+def forward_tiles(size: int, dtype: torch.dtype, plain: bool) -> Tiles:
+    """The largest without spilled registers; ``plain``: neither dropout nor bias, which need more of them."""
     if dtype == torch.float32:
-        return Tiles(64, 32, 8 if size == 128 else 4, 2)
-    return Tiles(128, 64, 8 if size == 128 else 4, 3)
+        return Tiles(32 if size == 128 else 64, 32, 8, 2)
+    return Tiles(64 if size == 128 else 128, 64, 4 if size == 32 and plain else 8, 3)
 
 
-def backward_tiles(size: int, dtype: torch.dtype) -> Tiles:
+def backward_tiles(size: int, dtype: torch.dtype, plain: bool) -> Tiles:
+    """See :func:`forward_tiles`."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 8 if size == 128 else 4, 1)
-    return Tiles(64, 64, 8 if size == 128 else 4, 2)
+        return Tiles(32, 32, 4 if size == 32 else 8, 1)
+    if capability() < 90:
+        # There the operands of a product are in registers, not in shared memory.
+        return Tiles(64, 64 if plain and size != 64 else 32, 4 if size == 32 else 8, 2)
+    return Tiles(64, 64, 4 if size == 32 and plain else 8, 2)
 
 
 @triton.jit
@@ -459,6 +465,7 @@ class _Call:
         self.limit = 0 if bias is None else bias.shape[1] // 2
         self.drop = drop = Dropout(op, dropout, seed)
         self.batch = segments.shape[0]
+        self.plain = bias is None and drop.threshold == 0
         self.layout = (cu_seqlens, segments, cu_queries, bias, position_ids)
         self.strides = tuple(s for x in (q, k, v) for s in x.stride()[:2])
         self.dropout = (drop.low, drop.high, drop.threshold, drop.factor)
@@ -484,7 +491,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) 
     call = _Call("attention", q, k, v, *options)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((call.heads, call.queries), dtype=torch.float32, device=q.device)
-    tiles = forward_tiles(call.size, q.dtype)
+    tiles = forward_tiles(call.size, q.dtype, call.plain)
     if call.queries and call.heads:
         sign, scale = float(call.scale > 0) - float(call.scale < 0), abs(call.scale) or 1.0
         _attention_forward[call.grid(tiles.rows)](
@@ -582,7 +589,7 @@ def _differentiate(
     _attention_delta[(triton.cdiv(call.queries, 64), call.heads)](
         grad_out, out, delta, *grad_out.stride()[:2], *out.stride()[:2], call.queries, call.size, 64, num_warps=4
     )
-    tiles = backward_tiles(call.size, q.dtype)
+    tiles = backward_tiles(call.size, q.dtype, call.plain)
     operands = (grad_out, q, k, v, lse, delta)
     strides = (*grad_out.stride()[:2], *call.strides)
     tail = (*call.layout, *strides, call.queries, call.scale, call.limit, *call.dropout)
@@ -595,11 +602,13 @@ def _differentiate(
     units = _units(grad_out, v, call.drop.factor)
     sums = torch.zeros(bias.shape, dtype=torch.int64, device=q.device)
     by_row(*operands, None, sums, units, 0, *tail, **call.options(tiles))
-    return torch.where(units.isfinite(), sums.double() / units.double(), torch.nan).float()
+    # Numbers that are none leave no trace in an integer: those of k and q show in lse, the others in the units.
+    finite = lse.isfinite().all() & units.isfinite() & (units > 0)
+    return torch.where(finite, sums.double() / units.double(), torch.nan).float()
 
 
 def _units(grad_out: torch.Tensor, v: torch.Tensor, factor: float) -> torch.Tensor:
-    """Fixed-point units in 1, fp32 ``[]``; NaN where a number is none.
+    """Fixed-point units in 1, fp32 ``[]``; not positive or NaN where an operand is no number.
 
     No gradient of a score is larger than twice the largest of ``factor * |grad_out_i| |v_j|``.
     """

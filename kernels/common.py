@@ -74,6 +74,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
+def capability() -> int:
+    """Of the current device, 90 for 9.0; that of the interpreter is 90."""
+    return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+
+
 class Dropout:
     """The arguments of a kernel that draws the dropout of ``minilm_fast.ops.dropout``.
 

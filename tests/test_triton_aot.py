@@ -13,7 +13,12 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-KERNELS = {"_gelu_forward", "_gelu_backward", "_norm_forward", "_norm_backward"}
+KERNELS = {
+    *("_gelu_forward", "_gelu_backward", "_norm_forward", "_norm_backward"),
+    *("_attention_forward", "_attention_delta", "_attention_backward_rows", "_attention_backward_columns"),
+    *("_loss_rows", "_loss_gradient"),
+    *("_relation_kl_forward", "_relation_kl_backward_rows", "_relation_kl_backward_columns"),
+}
 # What a block may have, bytes (CUDA programming guide, technical specifications of the compute capabilities).
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 

@@ -2,7 +2,7 @@
 
 The host functions run as they are, on small tensors of the CPU; only the launch itself is replaced by a compilation.
 So every specialisation, block size and number of warps is one that a GPU would get. Run as a program, without
-``TRITON_INTERPRET``: ``python tests/triton_aot.py [--arch 80 90] [--only NAME]``. One JSON object a line::
+``TRITON_INTERPRET``: ``python tests/triton_aot.py [--arch 80 90] [--only NAME] [--everything]``. JSON, a line a kernel::
 
     {"case", "kernel", "arch", "registers", "stack", "local", "shared", "warps"}
 
@@ -12,6 +12,7 @@ So every specialisation, block size and number of warps is one that a GPU would 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -67,9 +68,11 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {"registers": int(numbers["REG"]), "stack": int(numbers["STACK"]), "local": int(numbers["LOCAL"])}
 
 
-def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+def norm_cases(everything: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     module = _triton.kernels("norm")
-    for channels, dtype in ((384, torch.bfloat16), (1024, torch.float32)):
+    for channels, dtype in ((384, torch.bfloat16), (1024, torch.float32), (8192, torch.float16))[
+        : 3 if everything else 2
+    ]:
         x, row = torch.zeros(ROWS, channels, dtype=dtype), torch.zeros(ROWS)
         vector, name = torch.zeros(channels), f"{channels} {dtype}"
         yield f"gelu {name}", lambda x=x, v=vector: module.bias_gelu(x, v)
@@ -85,19 +88,20 @@ def norm_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             )
 
 
-def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+def attention_cases(everything: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     module = _triton.kernels("attention")
     cu = torch.tensor([0, ROWS], dtype=torch.int32)
     segments = torch.tensor([[ROWS - 64, 32, 32]], dtype=torch.int32)
     positions = torch.arange(ROWS, dtype=torch.int32)
-    # Dropout, relative bias and few rows that ask each compile the kernels anew.
-    for size, dtype, kinds in (
-        (32, torch.bfloat16, ("plain", "dropout", "bias")),
-        (64, torch.float16, ("plain", "dropout")),
-        (128, torch.bfloat16, ("plain",)),
-        (32, torch.float32, ("dropout",)),
-    ):
-        for kind in kinds:
+    # Dropout and relative bias each compile the kernels anew.
+    some = {
+        (32, torch.bfloat16): ("plain", "dropout", "bias"),
+        (64, torch.float16): ("dropout",),
+        (128, torch.bfloat16): ("plain",),
+        (32, torch.float32): ("dropout",),
+    }
+    for size, dtype in itertools.product((32, 64, 128), (torch.bfloat16, torch.float16, torch.float32)):
+        for kind in ("plain", "dropout", "bias") if everything else some.get((size, dtype), ()):
             projection = torch.zeros(ROWS, 3, 12, size, dtype=dtype)
             lse = torch.zeros(12, ROWS)
             bias = torch.zeros(12, 257) if kind == "bias" else None
@@ -115,10 +119,43 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"attention backward {size} {dtype} {kind}", backward
 
 
-CASES = (norm_cases, attention_cases)
+def loss_cases(everything: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    module = _triton.kernels("loss")
+    for dtype, smoothing in ((torch.bfloat16, 0.1), (torch.float32, 0.0)):
+        hidden, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(4097, 8, dtype=dtype)
+        row, operands = torch.zeros(4), (hidden, weight, torch.zeros(4097), torch.zeros(4, dtype=torch.int64))
+        yield f"loss {dtype}", lambda o=operands, s=smoothing: module.label_smoothed_cross_entropy(*o, s)
+        yield (
+            f"loss backward {dtype}",
+            lambda o=operands, s=smoothing, r=row: module.label_smoothed_cross_entropy_backward(
+                r, *o, r, s, True, True, True
+            ),
+        )
 
 
-def compile_all(archs: list[int], only: str) -> Iterator[dict[str, Any]]:
+def relation_cases(everything: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    module = _triton.kernels("relation_kl")
+    cu, segments = torch.tensor([0, ROWS], dtype=torch.int32), torch.tensor([[ROWS, 0, 0]], dtype=torch.int32)
+    some = [(64, 32, torch.bfloat16), (128, 8, torch.float16), (32, 32, torch.float32)]
+    more = [(t, s, d) for t in (8, 32, 64, 128) for s in (8, 32, 64, 128) for d in (torch.bfloat16, torch.float32)]
+    for teacher, student, dtype in more if everything else some:
+        a, b = (torch.zeros(ROWS, 12, size, dtype=dtype) for size in (teacher, student))
+        options = (cu, segments, ROWS, teacher**-0.5, student**-0.5, "batch_mean")
+        lse, grad = torch.zeros(12, ROWS, dtype=torch.float64), torch.zeros(())
+        yield f"relation {teacher} {student} {dtype}", lambda a=a, b=b, o=options: module.relation_kl(a, a, b, None, *o)
+        for other in (None, b):
+            yield (
+                f"relation backward {teacher} {student} {dtype}",
+                lambda a=a, b=b, c=other, o=options, n=lse, g=grad: module.relation_kl_backward(
+                    g, a, a, b, c, n, n, *o
+                ),
+            )
+
+
+CASES = (norm_cases, attention_cases, loss_cases, relation_cases)
+
+
+def compile_all(archs: list[int], only: str, everything: bool) -> Iterator[dict[str, Any]]:
     """Every kernel once for each case and architecture."""
     compiled: list[tuple[str, Any]] = []
     run = JITFunction.run
@@ -130,7 +167,7 @@ def compile_all(archs: list[int], only: str) -> Iterator[dict[str, Any]]:
     seen = set()
     for arch in archs:
         driver.set_active(Driver(arch))
-        for case, call in (pair for cases in CASES for pair in cases()):
+        for case, call in (pair for cases in CASES for pair in cases(everything)):
             if only not in case:
                 continue
             compiled.clear()
@@ -155,8 +192,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--everything", action="store_true", help="all types and sizes, not only a choice of them")
     arguments = parser.parse_args()
-    for line in compile_all(arguments.arch, arguments.only):
+    for line in compile_all(arguments.arch, arguments.only, arguments.everything):
         print(json.dumps(line), flush=True)
 
 

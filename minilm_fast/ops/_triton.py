@@ -18,7 +18,14 @@ import torch
 
 import minilm_fast
 
-OPERATORS = ("attention", "bias_gelu", "dropout_add_layer_norm", "projected_attention")
+OPERATORS = (
+    "attention",
+    "bias_gelu",
+    "dropout_add_layer_norm",
+    "label_smoothed_cross_entropy",
+    "projected_attention",
+    "relation_kl",
+)
 """The operators that have Triton kernels."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HEAD_SIZES = (32, 64, 128)
@@ -69,6 +76,16 @@ def refuse_attention(q: torch.Tensor) -> dict[str, str | None]:
     if q.shape[-1] not in _HEAD_SIZES:
         return {"triton": f"the head size {q.shape[-1]} is none of 32, 64 and 128"}
     return refuse_dtype(q)
+
+
+def refuse_relation(teacher: torch.Tensor, student: torch.Tensor) -> dict[str, str | None]:
+    """Why the Triton kernels cannot compute the loss of a relation."""
+    for x in (teacher, student):
+        if not 8 <= x.shape[-1] <= 128:
+            return {"triton": f"the head size {x.shape[-1]} is not between 8 and 128"}
+        if (refusal := refuse_dtype(x))["triton"] is not None:
+            return refusal
+    return {}
 
 
 def refuse_dtype(x: torch.Tensor) -> dict[str, str | None]:

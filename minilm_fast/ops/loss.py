@@ -14,13 +14,14 @@ the backward pass, which makes of each block of them its share of all gradients.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from minilm_fast.ops import reference
+from minilm_fast.ops import _triton, reference
 from minilm_fast.ops._dispatch import select
-from minilm_fast.ops._library import LIBRARY, define
+from minilm_fast.ops._library import LIBRARY, define, define_triton
 
 
 def _reference(
@@ -57,21 +58,38 @@ def _backward_reference(
     )
 
 
-_op = define(
-    "label_smoothed_cross_entropy(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, float smoothing) "
-    "-> (Tensor, Tensor)",
-    reference=_reference,
-    fake=lambda hidden, weight, bias, *_: (bias.new_empty(hidden.shape[:1]), bias.new_empty(hidden.shape[:1])),
-)
-# The gradients are fp32, empty where none is wanted.
-_backward_op = define(
-    "label_smoothed_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor bias, Tensor labels, "
-    "Tensor lse, float smoothing, bool hidden_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)",
-    reference=_backward_reference,
-    fake=lambda grad, hidden, weight, bias, labels, lse, smoothing, *wanted: tuple(
+def _fake(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *_: object) -> tuple[torch.Tensor, ...]:
+    return bias.new_empty(hidden.shape[:1]), bias.new_empty(hidden.shape[:1])
+
+
+def _fake_backward(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    smoothing: float,
+    *wanted: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients are fp32, empty where none is wanted."""
+    return tuple(
         bias.new_empty(x.shape if asked else (0,)) for x, asked in zip((hidden, weight, bias), wanted, strict=True)
-    ),
+    )
+
+
+_SCHEMA = (
+    "label_smoothed_cross_entropy(Tensor hidden, Tensor weight, Tensor bias, Tensor labels, float smoothing) "
+    "-> (Tensor, Tensor)"
 )
+_BACKWARD_SCHEMA = (
+    "label_smoothed_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor bias, Tensor labels, "
+    "Tensor lse, float smoothing, bool hidden_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)"
+)
+_op = define(_SCHEMA, reference=_reference, fake=_fake)
+_backward_op = define(_BACKWARD_SCHEMA, reference=_backward_reference, fake=_fake_backward)
+_triton_op = define_triton(_SCHEMA, kernels="loss", fake=_fake)
+_triton_backward_op = define_triton(_BACKWARD_SCHEMA, kernels="loss", fake=_fake_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -80,19 +98,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
+def _backward(operator: Any, ctx: Any, grad: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, bias, labels, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    grads = _backward_op(grad, hidden, weight, bias, labels, lse, ctx.smoothing, *wanted)
+    grads = operator(grad, hidden, weight, bias, labels, lse, ctx.smoothing, *wanted)
     results = (
         g.to(x.dtype) if asked else None for g, x, asked in zip(grads, (hidden, weight, bias), wanted, strict=True)
     )
     return *results, None, None
 
 
-torch.library.register_autograd(
-    "minilm_fast::label_smoothed_cross_entropy", _backward, setup_context=_setup_context, lib=LIBRARY
-)
+for _name, _operator in (
+    ("label_smoothed_cross_entropy", _backward_op),
+    ("triton_label_smoothed_cross_entropy", _triton_backward_op),
+):
+    torch.library.register_autograd(
+        f"minilm_fast::{_name}", partial(_backward, _operator), setup_context=_setup_context, lib=LIBRARY
+    )
 
 
 def label_smoothed_cross_entropy(
@@ -105,7 +127,7 @@ def label_smoothed_cross_entropy(
         weight: fp32 or bf16 ``[V, channels]``, the output projection; products are taken in the dtype of ``hidden``
             and summed in fp32.
         bias: fp32 ``[V]``.
-        labels: int64 ``[rows]``, each in ``[0, V)``.
+        labels: int64 ``[rows]``, each in ``[0, V)``; on a GPU the loss of another one is NaN.
         smoothing: ``0 <= smoothing < 1``; if it is not 0, ``V`` must be above 2.
 
     Returns:
@@ -130,7 +152,8 @@ def label_smoothed_cross_entropy(
         raise ValueError(
             f"label_smoothed_cross_entropy: smoothing needs a vocabulary of more than 2, got {weight.shape[0]}"
         )
-    if select("label_smoothed_cross_entropy", hidden, weight, bias) == "reference":
+    chosen = select("label_smoothed_cross_entropy", hidden, weight, bias, refusals=_triton.refuse_dtype(hidden))
+    if chosen == "reference":
         return reference.label_smoothed_cross_entropy(hidden, weight, bias, labels, smoothing)
-    loss: torch.Tensor = _op(hidden, weight, bias, labels, smoothing)[0]
+    loss: torch.Tensor = (_triton_op if chosen == "triton" else _op)(hidden, weight, bias, labels, smoothing)[0]
     return loss

@@ -19,13 +19,14 @@ probabilities), the backward pass computes the scores again, a tile at a time.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from minilm_fast.ops import reference
+from minilm_fast.ops import _triton, reference
 from minilm_fast.ops._dispatch import forced_backend, select
-from minilm_fast.ops._library import LIBRARY, define
+from minilm_fast.ops._library import LIBRARY, define, define_triton
 from minilm_fast.ops.layout import SequenceLayout
 
 REDUCTIONS = ("batch_mean", "token_mean", "sum")
@@ -107,17 +108,15 @@ _OPTIONS = f"{_LAYOUT}, float teacher_scale, float student_scale, str reduction"
 _INPUTS = "Tensor teacher_a, Tensor? teacher_b, Tensor student_a, Tensor? student_b"
 
 # A missing b is the a of its side. The backward pass then has one gradient for both, and an empty second one.
-_op = define(
-    f"relation_kl({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    reference=_reference,
-    fake=_fake,
-)
-_backward_op = define(
+_SCHEMA = f"relation_kl({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
     f"relation_kl_backward(Tensor grad, {_INPUTS}, Tensor lse_teacher, Tensor lse_student, {_OPTIONS})"
-    " -> (Tensor, Tensor)",
-    reference=_reference_backward,
-    fake=_fake_backward,
+    " -> (Tensor, Tensor)"
 )
+_op = define(_SCHEMA, reference=_reference, fake=_fake)
+_backward_op = define(_BACKWARD_SCHEMA, reference=_reference_backward, fake=_fake_backward)
+_triton_op = define_triton(_SCHEMA, kernels="relation_kl", fake=_fake)
+_triton_backward_op = define_triton(_BACKWARD_SCHEMA, kernels="relation_kl", fake=_fake_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -127,13 +126,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: torch.Tensor, *_: object) -> tuple[Optional, ...]:
+def _backward(operator: Any, ctx: Any, grad: torch.Tensor, *_: object) -> tuple[Optional, ...]:
     student_b = ctx.saved_tensors[3]
-    grad_a, grad_b = _backward_op(grad, *ctx.saved_tensors, *ctx.options)
+    grad_a, grad_b = operator(grad, *ctx.saved_tensors, *ctx.options)
     return None, None, grad_a, None if student_b is None else grad_b, *[None] * 6
 
 
-torch.library.register_autograd("minilm_fast::relation_kl", _backward, setup_context=_setup_context, lib=LIBRARY)
+for _name, _operator in (("relation_kl", _backward_op), ("triton_relation_kl", _triton_backward_op)):
+    torch.library.register_autograd(
+        f"minilm_fast::{_name}", partial(_backward, _operator), setup_context=_setup_context, lib=LIBRARY
+    )
 
 
 def relation_kl(
@@ -180,11 +182,13 @@ def relation_kl(
     tensors = (teacher_a, teacher_b, student_a, student_b)
     in_double = forced_backend() is None and any(x.dtype == torch.float64 for x in tensors)
     # The teacher's requires_grad asks for nothing, so it has no say in the choice.
-    if in_double or select("relation_kl", student_a, student_b) == "reference":
+    refusals = _triton.refuse_relation(teacher_a, student_a)
+    chosen = "reference" if in_double else select("relation_kl", student_a, student_b, refusals=refusals)
+    if chosen == "reference":
         return reference.relation_kl(
             *tensors, layout, teacher_scale=teacher_scale, student_scale=student_scale, reduction=reduction
         )[0]
-    return _op(
+    return (_triton_op if chosen == "triton" else _op)(
         teacher_a,
         None if teacher_b is teacher_a else teacher_b,
         student_a,
