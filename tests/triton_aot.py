@@ -2,7 +2,7 @@
 
 The host functions run as they are, on small tensors of the CPU; only the launch itself is replaced by a compilation.
 So every specialisation, block size and number of warps is one that a GPU would get. Run as a program, without
-``TRITON_INTERPRET``: ``python tests/triton_aot.py [--arch 80 90] [--only NAME] [--everything]``. JSON, a line a kernel::
+``TRITON_INTERPRET``: ``python tests/triton_aot.py [--arch 80 90] [--only NAME] [--everything]``. Prints JSON lines::
 
     {"case", "kernel", "arch", "registers", "stack", "local", "shared", "warps"}
 
