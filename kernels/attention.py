@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
 def forward_tiles(size: int, dtype: torch.dtype, plain: bool) -> Tiles:
     """The largest without spilled registers; ``plain``: neither dropout nor bias, which need more of them."""
     if dtype == torch.float32:
-        # Without tensor cores operands live in registers: at head size 128 some of them spill, whatever the tile.
+        # Without tensor cores operands live in registers: from head size 64 on a few spill, whatever the tile.
         return Tiles(32, 32, 4 if size == 32 or (size == 64 and capability() < 90) else 8, 2)
     return Tiles(64 if size == 128 else 128, 64, 4 if size == 32 and plain else 8, 3)
 

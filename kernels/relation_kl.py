@@ -44,7 +44,7 @@ class Tiles(NamedTuple):
 def tiles(size: int, dtype: torch.dtype) -> Tiles:
     """By the larger head size, rounded up to a power of two, and the wider type of the two sides."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 8 if size == 128 else 4, 1)
+        return Tiles(32, 32, 8 if size >= 64 else 4, 1)
     return Tiles(64, 64, 8 if size == 128 else 4, 2)
 
 
