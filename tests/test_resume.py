@@ -26,8 +26,11 @@ SAME_BITS = EXTENSION_ERROR is None and forced_backend() != "reference"
 COPIES = 4
 FLAGS = [*MODEL, "--beam_size", "3", "--need_score_traces"]
 # A pause after every sentence, so that a signal arrives in the midst of the run.
+# A shell that starts the tests in the background leaves them, and what they start, deaf to SIGINT.
 SLOWLY = """
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from minilm_fast.decoding.journal import Journal
 append = Journal.append
 Journal.append = lambda self, record: (append(self, record), time.sleep(0.02))
