@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from minilm_fast import decode, evaluate, run_seq2seq
+from minilm_fast import decode, distill, evaluate, run_seq2seq
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("README.md", "docs/evaluation.md", "docs/reproducing.md")
 PAGES = {name: (ROOT / name).read_text(encoding="utf8") for name in NAMES}
-PARSERS = {"run_seq2seq": run_seq2seq.build_parser, "decode": decode.build_parser, "evaluate": evaluate.build_parser}
+PROGRAMS = (decode, distill, evaluate, run_seq2seq)
+PARSERS = {program.__name__.split(".")[-1]: program.build_parser for program in PROGRAMS}
 COMMAND = re.compile(r"^    (?:torchrun --\S+|python) -m minilm_fast\.(\w+) ((?:.*\\\n)*.*)$", re.MULTILINE)
 
 
