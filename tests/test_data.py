@@ -230,12 +230,13 @@ def test_worker_that_dies_is_an_error(tmp_path: Path) -> None:
 
 TOKENISE_FOR_EVER = """
 import itertools, sys
-from minilm_fast.data import features
+from minilm_fast.data.features import _TokeniseLines
+from minilm_fast.data.parallel import ordered_map
 from minilm_fast.tokenization import Tokenizer
 if __name__ == "__main__":
     lines = [(1, b'{"src": "the", "tgt": "the"}')]
     tokenizer = Tokenizer.from_pretrained(sys.argv[1])
-    for chunk in features._in_parallel("-", itertools.repeat(lines), tokenizer, 2):
+    for chunk in ordered_map(_TokeniseLines("-", tokenizer), itertools.repeat(lines), 2, "-"):
         print("working", flush=True)
 """
 

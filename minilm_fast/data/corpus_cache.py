@@ -165,7 +165,7 @@ def _write(stream: Any, corpus: Corpus, tokenizer: Tokenizer, identity: dict[str
     columns = [("input_ids", pyarrow.list_(pyarrow.int32())), ("document_ends", pyarrow.bool_())]
     schema = pyarrow.schema(columns, metadata={_IDENTITY: json.dumps(identity).encode()})
     counts, digest = TokenCounts(), hashlib.sha256()
-    chunks = ordered_map(_TokeniseChunk(tokenizer), _chunks(corpus.fragments()), num_proc)
+    chunks = ordered_map(_TokeniseChunk(tokenizer), _chunks(corpus.fragments()), num_proc, corpus.describe())
     with pyarrow.ipc.new_file(stream, schema) as writer:
         for chunk in chunks:
             counts += TokenCounts(len(chunk.ids), chunk.unknown)

@@ -5,15 +5,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +15,7 @@ import numpy as np
 
 from minilm_fast.data.examples import Example, decode_line, no_examples, parse_example, read_lines
 from minilm_fast.data.masking import Feature, SpecialIds
+from minilm_fast.data.parallel import ordered_map
 from minilm_fast.errors import UserError
 from minilm_fast.tokenization import Tokenizer
 
@@ -169,12 +163,17 @@ class _ChunkBuilder:
 Lines = list[tuple[int, bytes]]
 
 
-def _tokenise(path: str, lines: Lines, tokenizer: Tokenizer) -> tuple[FeatureChunk, TokenCounts]:
-    builder = _ChunkBuilder(tokenizer)
-    for number, line in lines:
-        where = f"{path}:{number}"
-        builder.add(parse_example(decode_line(line, where), where), where)
-    return builder.chunk()
+class _TokeniseLines:
+    def __init__(self, path: str, tokenizer: Tokenizer) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+
+    def __call__(self, lines: Lines) -> tuple[FeatureChunk, TokenCounts]:
+        builder = _ChunkBuilder(self.tokenizer)
+        for number, line in lines:
+            where = f"{self.path}:{number}"
+            builder.add(parse_example(decode_line(line, where), where), where)
+        return builder.chunk()
 
 
 def _chunks_of_lines(path: str | Path) -> Iterator[Lines]:
@@ -188,49 +187,6 @@ def _chunks_of_lines(path: str | Path) -> Iterator[Lines]:
             lines, size = [], 0
     if lines:
         yield lines
-
-
-_worker_tokenizer: Tokenizer
-
-
-def _end_with_the_parent() -> None:
-    # The pool's workers would wait for work for ever if their parent were killed.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _worker_tokenizer
-    # Ctrl-C reaches the whole group; the parent ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    _worker_tokenizer = tokenizer
-
-
-def _tokenise_in_worker(path: str, lines: Lines) -> tuple[FeatureChunk, TokenCounts]:
-    return _tokenise(path, lines, _worker_tokenizer)
-
-
-def _in_parallel(
-    path: str, chunks: Iterator[Lines], tokenizer: Tokenizer, num_proc: int
-) -> Iterator[tuple[FeatureChunk, TokenCounts]]:
-    # Forking would copy the locks of threads that are running here.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(tokenizer,))
-    pending: deque[Future[tuple[FeatureChunk, TokenCounts]]] = deque()
-    try:
-        for lines in chunks:
-            pending.append(pool.submit(_tokenise_in_worker, path, lines))
-            if len(pending) > 2 * num_proc:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(f"{path}: a process that tokenised it ended (out of memory?); try fewer processes") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def tokenise_file(
@@ -247,14 +203,9 @@ def tokenise_file(
         UserError: as :func:`minilm_fast.data.examples.read_examples`, or a target without tokens, or none of the
             file's tokens is in the vocabulary.
     """
-    chunks = _chunks_of_lines(path)
     total = TokenCounts()
     found = False
-    results = (
-        (_tokenise(str(path), lines, tokenizer) for lines in chunks)
-        if num_proc <= 1
-        else _in_parallel(str(path), chunks, tokenizer, num_proc)
-    )
+    results = ordered_map(_TokeniseLines(str(path), tokenizer), _chunks_of_lines(path), num_proc, str(path))
     for chunk, counts in results:
         total += counts
         found = True

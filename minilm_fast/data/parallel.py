@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,10 +20,19 @@ Result = TypeVar("Result")
 _worker: Callable[[Any], Any]
 
 
+def _end_with_the_parent() -> None:
+    # The pool's workers would wait for work for ever if their parent were killed.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _start(function: Callable[[Any], Any]) -> None:
     global _worker
     # Ctrl-C reaches the whole group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _worker = function
 
 
@@ -29,12 +40,15 @@ def _call(item: Any) -> Any:
     return _worker(item)
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], num_proc: int, name: str
+) -> Iterator[Result]:
     """``function`` of every item, in order; only a few items a process are held at a time.
 
     Args:
         function: can be pickled; sent to each process once.
         num_proc: with 1 this process does it all.
+        name: what is tokenised, for the error.
 
     Raises:
         UserError: a process ended.
@@ -54,6 +68,6 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_p
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a process that tokenised ended (out of memory?); try fewer processes") from None
+        raise UserError(f"{name}: a process that tokenised it ended (out of memory?); try fewer processes") from None
     finally:
         pool.shutdown(cancel_futures=True)
