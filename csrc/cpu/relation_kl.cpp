@@ -37,25 +37,9 @@ struct Layout {
   int64_t length(int64_t i) const { return int64_t{starts[i + 1]} - starts[i]; }
 };
 
-// Checks that the segments fill the sequences and the sequences the tokens.
-Layout check_layout(const at::Tensor& cu_seqlens, const at::Tensor& segments, int64_t max_seqlen, int64_t tokens) {
-  const int32_t* counts = check_ints(kOp, "segments", segments, {-1, 3});
-  const int64_t batch = segments.size(0);
-  const int32_t* starts = check_ints(kOp, "cu_seqlens", cu_seqlens, {batch + 1});
-  TORCH_CHECK(starts[0] == 0 && starts[batch] == tokens, kOp, ": cu_seqlens must go from 0 to the ", tokens,
-              " tokens of the tensors, got ", starts[0], " to ", starts[batch]);
-  int64_t longest = 0;
-  for (int64_t i = 0; i < batch; ++i) {
-    const int32_t* c = counts + 3 * i;
-    TORCH_CHECK(c[0] >= 0 && c[1] >= 0 && c[2] >= 0, kOp, ": segments[", i, "] holds a negative count");
-    const int64_t length = int64_t{c[0]} + c[1] + c[2];
-    TORCH_CHECK(int64_t{starts[i + 1]} - starts[i] == length, kOp, ": segments[", i, "] adds up to ", length,
-                " tokens, cu_seqlens says ", int64_t{starts[i + 1]} - starts[i]);
-    longest = std::max(longest, length);
-  }
-  TORCH_CHECK(max_seqlen >= longest, kOp, ": max_seqlen is ", max_seqlen, ", the longest sequence has ", longest,
-              " tokens");
-  return {starts, counts, batch, longest};
+Layout checked_layout(const at::Tensor& cu_seqlens, const at::Tensor& segments, int64_t max_seqlen, int64_t tokens) {
+  const int64_t longest = check_layout(kOp, cu_seqlens, segments, max_seqlen, tokens, "the tensors");
+  return {cu_seqlens.const_data_ptr<int32_t>(), segments.const_data_ptr<int32_t>(), segments.size(0), longest};
 }
 
 RelationOperand operand(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
@@ -174,7 +158,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relation_kl(const at::Tensor& tea
                                                            int64_t max_seqlen, double teacher_scale,
                                                            double student_scale, c10::string_view reduction) {
   RelationProblem problem = check_problem(teacher_a, teacher_b, student_a, student_b, teacher_scale, student_scale);
-  const Layout layout = check_layout(cu_seqlens, segments, max_seqlen, problem.tokens);
+  const Layout layout = checked_layout(cu_seqlens, segments, max_seqlen, problem.tokens);
   const std::vector<double> weights = sequence_weights(layout, problem.heads, problem.tokens, reduction);
 
   const auto options = student_a.options().dtype(at::kFloat);
@@ -200,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> relation_kl_backward(const at::Tensor& grad, 
                                                         double teacher_scale, double student_scale,
                                                         c10::string_view reduction) {
   RelationProblem problem = check_problem(teacher_a, teacher_b, student_a, student_b, teacher_scale, student_scale);
-  const Layout layout = check_layout(cu_seqlens, segments, max_seqlen, problem.tokens);
+  const Layout layout = checked_layout(cu_seqlens, segments, max_seqlen, problem.tokens);
   std::vector<double> weights = sequence_weights(layout, problem.heads, problem.tokens, reduction);
   check_floats(kOp, "grad", grad, {});
   for (double& weight : weights) weight *= *grad.const_data_ptr<float>();

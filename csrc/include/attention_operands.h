@@ -4,7 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -43,25 +42,6 @@ inline void check_rows(const char* op, const char* name, const at::Tensor& x, co
   check_rows_contiguous(op, name, x);
 }
 
-// Checks that the segments fill the sequences and the sequences the tokens; gives the longest length.
-inline int64_t check_layout(const char* op, const at::Tensor& cu_seqlens, const at::Tensor& segments, int64_t tokens) {
-  const int32_t* counts = check_ints(op, "segments", segments, {-1, 3});
-  const int64_t batch = segments.size(0);
-  const int32_t* starts = check_ints(op, "cu_seqlens", cu_seqlens, {batch + 1});
-  TORCH_CHECK(starts[0] == 0 && starts[batch] == tokens, op, ": cu_seqlens must go from 0 to the ", tokens,
-              " tokens of k, got ", starts[0], " to ", starts[batch]);
-  int64_t longest = 0;
-  for (int64_t i = 0; i < batch; ++i) {
-    const int32_t* c = counts + 3 * i;
-    TORCH_CHECK(c[0] >= 0 && c[1] >= 0 && c[2] >= 0, op, ": segments[", i, "] holds a negative count");
-    const int64_t length = int64_t{c[0]} + c[1] + c[2];
-    TORCH_CHECK(int64_t{starts[i + 1]} - starts[i] == length, op, ": segments[", i, "] adds up to ", length,
-                " tokens, cu_seqlens says ", int64_t{starts[i + 1]} - starts[i]);
-    longest = std::max(longest, length);
-  }
-  return longest;
-}
-
 inline void check_queries(const char* op, const at::Tensor& cu_queries, const at::Tensor& cu_seqlens, int64_t rows) {
   const int64_t batch = cu_seqlens.size(0) - 1;
   const int32_t* queries = check_ints(op, "cu_queries", cu_queries, {batch + 1});
@@ -96,10 +76,8 @@ inline AttentionProblem make_problem(const char* op, const AttentionOperands& o,
   check_rows(op, "q", q, q, q.size(0));
   check_rows(op, "k", k, q, tokens);
   check_rows(op, "v", v, q, tokens);
-  longest = check_layout(op, o.cu_seqlens, o.segments, tokens);
+  longest = check_layout(op, o.cu_seqlens, o.segments, o.max_seqlen, tokens, "k");
   if (o.cu_queries.has_value()) check_queries(op, *o.cu_queries, o.cu_seqlens, q.size(0));
-  TORCH_CHECK(o.max_seqlen >= longest, op, ": max_seqlen is ", o.max_seqlen, ", the longest sequence has ", longest,
-              " tokens");
   TORCH_CHECK(o.relative_bias.has_value() == o.position_ids.has_value(), op,
               ": relative_bias and position_ids go together");
   AttentionProblem problem{};

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 
 namespace minilm_fast {
@@ -48,6 +49,29 @@ inline const float* check_floats(const char* op, const char* name, const at::Ten
   check_shape(op, name, x, shape);
   check_contiguous(op, name, x);
   return x.const_data_ptr<float>();
+}
+
+// Checks that the segments fill the sequences, and the sequences, none longer than `max_seqlen`, the tokens of `owner`;
+// gives the longest length.
+inline int64_t check_layout(const char* op, const at::Tensor& cu_seqlens, const at::Tensor& segments,
+                            int64_t max_seqlen, int64_t tokens, const char* owner) {
+  const int32_t* counts = check_ints(op, "segments", segments, {-1, 3});
+  const int64_t batch = segments.size(0);
+  const int32_t* starts = check_ints(op, "cu_seqlens", cu_seqlens, {batch + 1});
+  TORCH_CHECK(starts[0] == 0 && starts[batch] == tokens, op, ": cu_seqlens must go from 0 to the ", tokens,
+              " tokens of ", owner, ", got ", starts[0], " to ", starts[batch]);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < batch; ++i) {
+    const int32_t* c = counts + 3 * i;
+    TORCH_CHECK(c[0] >= 0 && c[1] >= 0 && c[2] >= 0, op, ": segments[", i, "] holds a negative count");
+    const int64_t length = int64_t{c[0]} + c[1] + c[2];
+    TORCH_CHECK(int64_t{starts[i + 1]} - starts[i] == length, op, ": segments[", i, "] adds up to ", length,
+                " tokens, cu_seqlens says ", int64_t{starts[i + 1]} - starts[i]);
+    longest = std::max(longest, length);
+  }
+  TORCH_CHECK(max_seqlen >= longest, op, ": max_seqlen is ", max_seqlen, ", the longest sequence has ", longest,
+              " tokens");
+  return longest;
 }
 
 // Checks a table of biases by distance and gives the largest distance that it knows.
