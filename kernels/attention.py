@@ -30,6 +30,7 @@ from minilm_fast.kernels.common import (
     rows_that_see,
     store_rows,
     tile_of,
+    visible_columns,
     visible_prefix,
     with_contiguous_rows,
 )
@@ -134,10 +135,7 @@ def _attention_forward(
     if row_first >= length:
         return
     row = row_first + tl.arange(0, ROWS)
-    inside = row < length
-    prefix = visible_prefix(row, source, target)
-    most = tl.max(tl.where(inside, prefix, 0), 0)
-    least = tl.min(tl.where(inside, prefix, length), 0)
+    inside, prefix, most, least = visible_columns(row, length, source, target)
     # Rows beyond the end see one column, so that no NaN comes up.
     prefix = tl.where(inside, prefix, 1)
     q_tile = load_rows(q + head * q_head, shift + row, q_token, inside, SIZE, SIZE)
@@ -261,10 +259,7 @@ def _attention_backward_rows(
     if row_first >= length:
         return
     row = row_first + tl.arange(0, ROWS)
-    inside = row < length
-    prefix = visible_prefix(row, source, target)
-    most = tl.max(tl.where(inside, prefix, 0), 0)
-    least = tl.min(tl.where(inside, prefix, length), 0)
+    inside, prefix, most, least = visible_columns(row, length, source, target)
     q_tile = load_rows(q + head * q_head, shift + row, q_token, inside, SIZE, SIZE)
     g_tile = load_rows(grad_out + head * grad_head, shift + row, grad_token, inside, SIZE, SIZE)
     place = head.to(tl.int64) * queries + shift + row

@@ -169,6 +169,14 @@ def visible_prefix(row, source, target):
 
 
 @triton.jit
+def visible_columns(row, length, source, target):
+    """Of a tile's rows: which are inside the sequence, each one's prefix, the longest prefix and the shortest."""
+    inside = row < length
+    prefix = visible_prefix(row, source, target)
+    return inside, prefix, tl.max(tl.where(inside, prefix, 0), 0), tl.min(tl.where(inside, prefix, length), 0)
+
+
+@triton.jit
 def load_rows(base, row, stride, inside, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """``[rows, PADDED]`` of a matrix whose rows have SIZE numbers: zeros where not ``inside`` and beyond SIZE."""
     dim = tl.arange(0, PADDED)

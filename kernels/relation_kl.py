@@ -24,6 +24,7 @@ from minilm_fast.kernels.common import (
     rows_that_see,
     store_rows,
     tile_of,
+    visible_columns,
     visible_prefix,
 )
 
@@ -99,10 +100,7 @@ def _relation_kl_forward(
     if row_first >= length:
         return
     row = row_first + tl.arange(0, ROWS)
-    inside = row < length
-    prefix = visible_prefix(row, source, target)
-    most = tl.max(tl.where(inside, prefix, 0), 0)
-    least = tl.min(tl.where(inside, prefix, length), 0)
+    inside, prefix, most, least = visible_columns(row, length, source, target)
     # Rows beyond the end see one column, so that no NaN comes up.
     prefix = tl.where(inside, prefix, 1)
     ta = load_rows(teacher_a + head * ta_head, first + row, ta_token, inside, TEACHER, TEACHER_PADDED)
@@ -204,10 +202,7 @@ def _relation_kl_backward_rows(
     if row_first >= length:
         return
     row = row_first + tl.arange(0, ROWS)
-    inside = row < length
-    prefix = visible_prefix(row, source, target)
-    most = tl.max(tl.where(inside, prefix, 0), 0)
-    least = tl.min(tl.where(inside, prefix, length), 0)
+    inside, prefix, most, least = visible_columns(row, length, source, target)
     ta = load_rows(teacher_a + head * ta_head, first + row, ta_token, inside, TEACHER, TEACHER_PADDED)
     sa = load_rows(student_a + head * sa_head, first + row, sa_token, inside, STUDENT, STUDENT_PADDED)
     place = head.to(tl.int64) * tokens + first + row
