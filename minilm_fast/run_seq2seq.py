@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import os
 import sys
@@ -218,11 +217,11 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+    from minilm_fast.data.feature_cache import stream_digest
+
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"sha256 {digest.hexdigest()[:16]}"
+        digest, _ = stream_digest(file)
+    return f"sha256 {digest[:16]}"
 
 
 def _describe(features: FeatureStore, masker: Masker) -> None:

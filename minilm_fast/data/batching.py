@@ -83,7 +83,7 @@ def collate(samples: Sequence[Sample], multiple: int = 1) -> PackedBatch:
     if idle_rows and not asked:
         asked = multiple
     filler = _missing(tokens, multiple)
-    while filler < asked:
+    if filler < asked:
         filler += multiple
     if filler:
         counts.append((filler, 0, 0, asked))

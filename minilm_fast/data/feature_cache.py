@@ -163,7 +163,7 @@ def _stamp(path: str | Path) -> tuple[int, int]:
 def _fingerprint(path: str | Path, tokenizer: Tokenizer) -> dict[str, Any]:
     try:
         with open(path, "rb") as stream:
-            digest, size = _digest(stream)
+            digest, size = stream_digest(stream)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     return {"format": _FORMAT, "data_sha256": digest, "data_bytes": size, "tokenizer": tokenizer_digest(tokenizer)}
@@ -180,7 +180,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return found.hexdigest()
 
 
-def _digest(stream: IO[bytes], size: int | None = None) -> tuple[str, int]:
+def stream_digest(stream: IO[bytes], size: int | None = None) -> tuple[str, int]:
     """SHA-256 of a stream, or of its next ``size`` bytes, and the number of bytes there were."""
     found, seen = hashlib.sha256(), 0
     while block := stream.read(1 << 20 if size is None else min(1 << 20, size - seen)):
@@ -225,7 +225,7 @@ def _problem(cache_file: Path, fingerprint: dict[str, Any]) -> str | None:
         return "was made from other data"
     try:
         with open(cache_file, "rb") as stream:
-            digest, _ = _digest(stream, trailer.arrow_bytes)
+            digest, _ = stream_digest(stream, trailer.arrow_bytes)
     except OSError:
         return "cannot be read"
     return None if digest == trailer.arrow_sha256 else "is damaged"
