@@ -13,7 +13,7 @@ from minilm_fast.data.orders import (
     LengthGroupedBatches,
     SequentialBatches,
     TokenBudgetBatches,
-    batch_number,
+    batch_numbers,
     label_weights,
     mean_predictions,
     sequential_batch,
@@ -83,9 +83,10 @@ def test_ranks_share_the_batches_of_one_process(name: str) -> None:
     alone, ranks = _orders()[name], [_orders()[name] for _ in range(world_size)]
     together = []
     for step in range(80):
+        numbers = batch_numbers(step, accumulation * world_size)
         for micro in range(accumulation):
             for rank, order in enumerate(ranks):
-                together.append(order[batch_number(step, micro, accumulation, rank, world_size)])
+                together.append(order[numbers[rank::world_size][micro]])
     assert together == [alone[n] for n in range(80 * accumulation * world_size)]
     assert alone.batches_in(2) < len(together)
 

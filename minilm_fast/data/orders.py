@@ -1,7 +1,7 @@
 """Which examples make up which batch.
 
 An order is asked for a batch by its number, so a run can go on anywhere, and it depends on nothing but its arguments,
-so every rank has the same one. Numbers count the batches of all ranks (:func:`batch_number`): ranks get equally many,
+so every rank has the same one. Numbers count the batches of all ranks (:func:`batch_numbers`): ranks get equally many,
 and an epoch may end in the middle of a step.
 """
 
@@ -31,13 +31,14 @@ class BatchOrder(Protocol):
         """Mean number of examples in a batch."""
 
 
-def batch_number(step: int, micro_batch: int, accumulation: int, rank: int = 0, world_size: int = 1) -> int:
-    """Number of the batch that a rank works on.
+def batch_numbers(step: int, per_step: int) -> range:
+    """Numbers of the batches of a step.
 
-    A step takes ``accumulation * world_size`` consecutive batches, so one process that accumulates them all sees
-    the same step.
+    Args:
+        per_step: processes times batches that each accumulates. Process ``r`` of ``n`` takes ``numbers[r::n]``, so one
+            process that accumulates them all sees the same step.
     """
-    return (step * accumulation + micro_batch) * world_size + rank
+    return range(step * per_step, (step + 1) * per_step)
 
 
 def sequential_batch(number: int, batch_size: int, examples: int) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minilm_fast import checkpoint
 from minilm_fast.config import Config
 from minilm_fast.data.corpus_cache import PackedSequences
-from minilm_fast.data.orders import LengthGroupedBatches, batch_number
+from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers
 from minilm_fast.data.token_batch import TokenBatch
 from minilm_fast.distillation.distiller import Distiller
 from minilm_fast.distillation.sides import MODULES, SideInputs, project
@@ -203,7 +203,7 @@ class DistillTask:
         """See :class:`minilm_fast.training.task.Task`."""
         options, world = self.options, self.world
         count, size = options.gradient_accumulation_steps, world.size
-        numbers = [batch_number(step, i, count, rank, size) for i in range(count) for rank in range(size)]
+        numbers = batch_numbers(step, count * size)
         chosen = [self.order[number] for number in numbers]
         lengths = np.concatenate([self.lengths[indices] for indices in chosen])
         mine = zip(numbers[world.rank :: size], chosen[world.rank :: size], strict=True)

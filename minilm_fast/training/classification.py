@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minilm_fast import checkpoint
 from minilm_fast.data.glue import ClassificationFeature
-from minilm_fast.data.orders import LengthGroupedBatches, batch_number
+from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.classification import ClassificationBatch, SequenceClassifier
 from minilm_fast.tokenization import Tokenizer
@@ -123,7 +123,7 @@ class ClassificationTask:
     def step_data(self, step: int) -> StepData:
         """See :class:`minilm_fast.training.task.Task`."""
         count, size = self.options.gradient_accumulation_steps, self.world.size
-        numbers = [batch_number(step, i, count, rank, size) for i in range(count) for rank in range(size)]
+        numbers = batch_numbers(step, count * size)
         chosen = [[self.features[i] for i in self.order[number]] for number in numbers]
         lengths = np.array([len(feature.input_ids) for features in chosen for feature in features])
         config = self.model.config

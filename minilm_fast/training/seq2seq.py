@@ -16,7 +16,7 @@ from minilm_fast import checkpoint
 from minilm_fast.data.batching import PackedBatch, collate
 from minilm_fast.data.features import FeatureStore
 from minilm_fast.data.masking import Feature, Masker, Masking, Sample, SpecialIds, make_masker
-from minilm_fast.data.orders import LengthGroupedBatches, sequential_batch
+from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers, sequential_batch
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.seq2seq import Seq2SeqModel
 from minilm_fast.tokenization import Tokenizer
@@ -91,7 +91,7 @@ class Batches:
             self.grouped = LengthGroupedBatches(lengths, size, options.seed)
 
     def _indices(self, step: int) -> list[list[int]]:
-        numbers = range(step * self.count, (step + 1) * self.count)
+        numbers = batch_numbers(step, self.count)
         if self.grouped is None:
             return [sequential_batch(number, self.size, len(self.order)) for number in numbers]
         if not self.across:
