@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilm_fast.cli import ArgumentParser, run_training
 from minilm_fast.errors import UserError
-from minilm_fast.training.flags import add_loop_flags, available_cores, loop_options, non_negative_float, positive_int
+from minilm_fast.training.flags import add_loop_flags, known_by, loop_options, non_negative_float, positive_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAIN = "train"
-# Larger corpora are tokenised by several processes.
-_LARGE = 1 << 26
 
 
 def layer_list(text: str) -> list[int]:
@@ -242,11 +240,10 @@ def _sequences(
 ) -> PackedSequences:
     """The corpus, tokenised by the first process and mapped by all."""
     from minilm_fast.data.corpus_cache import PackedSequences, TokenisedCorpus, build_corpus
+    from minilm_fast.data.parallel import process_count
 
-    workers = args.preprocessing_num_workers
-    if workers is None:
-        size = sum(os.path.getsize(path) for path in getattr(corpus, "paths", ()))
-        workers = min(8, available_cores()) if size > _LARGE else 1
+    size = sum(os.path.getsize(path) for path in getattr(corpus, "paths", ()))
+    workers = process_count(args.preprocessing_num_workers, size)
 
     def build() -> None:
         build_corpus(corpus, tokenizer, cache, num_proc=workers)
@@ -272,8 +269,8 @@ def _identity(args: argparse.Namespace, hop: Hop, sequences: PackedSequences) ->
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_dropout_prob")
     start = args.student if hop.role == "student" else None
     return {
-        "teacher": os.path.realpath(hop.teacher) if os.path.exists(hop.teacher) else hop.teacher,
-        "student": os.path.realpath(start) if start is not None and os.path.exists(start) else start,
+        "teacher": known_by(hop.teacher),
+        "student": known_by(start),
         "student's sizes": [getattr(config, name) for name in sizes],
         "init_from_layers": args.init_from_layers if hop.role == "student" else None,
         "max_seq_length": args.max_seq_length,

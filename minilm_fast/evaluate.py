@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from minilm_fast.cli import ArgumentParser, guarded, say
+from minilm_fast.data.parallel import available_cores
 from minilm_fast.decoding.output import STANDARD, Destination
 from minilm_fast.errors import UserError
 from minilm_fast.metrics import METEORS, TASKS, TOKENIZATIONS
@@ -27,7 +28,7 @@ from minilm_fast.metrics.files import (
     read_lines,
 )
 from minilm_fast.metrics.questions import question_generation
-from minilm_fast.metrics.rouge_scores import available_cores, rouge
+from minilm_fast.metrics.rouge_scores import rouge
 from minilm_fast.metrics.selection import only_best, save_best
 from minilm_fast.metrics.tasks import QUESTIONS, question_texts, summary_prediction, summary_reference
 

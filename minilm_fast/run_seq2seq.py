@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilm_fast.cli import ArgumentParser, run_training
 from minilm_fast.errors import UserError
-from minilm_fast.training.flags import add_loop_flags, available_cores, loop_options, natural, positive_int
+from minilm_fast.training.flags import add_loop_flags, known_by, loop_options, natural, positive_int
 
 if TYPE_CHECKING:
     from minilm_fast.data.examples import Example
@@ -30,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 # What minilm_fast.metrics can score.
 TASKS = ("xsum", "cnndm", "gigaword", "qg")
-# Larger training files are tokenised by several processes.
-_LARGE_FILE = 1 << 26
 
 
 def build_parser() -> ArgumentParser:
@@ -136,11 +133,10 @@ def _train_features(args: argparse.Namespace, tokenizer: Tokenizer, world: World
     """The training set; with a cache the first process builds it and all map it."""
     from minilm_fast.data.feature_cache import build_cache, datasets_installed, open_cache
     from minilm_fast.data.features import read_features
+    from minilm_fast.data.parallel import process_count
 
-    workers = args.preprocessing_num_workers
-    if workers is None:
-        large = args.train_file.is_file() and args.train_file.stat().st_size > _LARGE_FILE
-        workers = min(8, available_cores()) if large else 1
+    size = args.train_file.stat().st_size if args.train_file.is_file() else 0
+    workers = process_count(args.preprocessing_num_workers, size)
     cache = args.cached_train_features_file
     if cache is None:
         if not datasets_installed() or not args.train_file.is_file():
@@ -211,8 +207,7 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
     names = ("model_type", "model_name_or_path", "config_name", "tokenizer_name", "do_lower_case")
     values = {name: getattr(args, name) for name in (*names, "fix_word_embedding", "label_smoothing")}
     for name in ("model_name_or_path", "config_name", "tokenizer_name"):
-        if values[name] is not None and os.path.exists(values[name]):
-            values[name] = os.path.realpath(values[name])
+        values[name] = known_by(values[name])
     return values
 
 

@@ -17,7 +17,23 @@ from minilm_fast.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Larger inputs are worth the start of several processes, in bytes.
+_LARGE = 1 << 26
+_MOST_BY_DEFAULT = 8
+
 _worker: Callable[[Any], Any]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_count(asked: int | None, size: int) -> int:
+    """How many processes work on an input of ``size`` bytes: as many as asked for, or by the size."""
+    if asked is not None:
+        return asked
+    return min(_MOST_BY_DEFAULT, available_cores()) if size > _LARGE else 1
 
 
 def _end_with_the_parent() -> None:

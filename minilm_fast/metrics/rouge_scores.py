@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -185,11 +184,6 @@ def check_examples(predictions: Sequence[str], references: Sequence[Sequence[str
             raise ValueError(f"example {number}: references must be a sequence of texts, not a text")
         if not texts:
             raise ValueError(f"example {number} has no reference")
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _scorer(stemming: bool, exceptions: Mapping[str, str]) -> Any:

@@ -111,6 +111,6 @@ def loop_options(args: argparse.Namespace, **values: Any) -> LoopOptions:
     return LoopOptions(**({**given, "precision": precision} | values))
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def known_by(name: str | None) -> str | None:
+    """What a run is known by where a flag names a file or folder, or else a hub id: the same for every spelling."""
+    return os.path.realpath(name) if name is not None and os.path.exists(name) else name
