@@ -103,6 +103,21 @@ def run_training(
     return guarded(run, lambda: trainer.hint() if trainer else "", "--per_gpu_train_batch_size")
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process with a status.
+
+    After an error the threads that talk to the other processes of a group are still at work, and an interpreter that
+    takes itself apart under them may abort; such a process ends at once.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if status and distributed is not None and distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def say(kind: str, message: str) -> None:
     """Prints one line on standard error."""
     print(f"{kind}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
@@ -184,5 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def console() -> NoReturn:
+    """The console script."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

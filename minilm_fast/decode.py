@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minilm_fast import __version__
-from minilm_fast.cli import ArgumentParser, guarded, say
+from minilm_fast.cli import ArgumentParser, guarded, leave, say
 from minilm_fast.decoding import fingerprint
 from minilm_fast.decoding.inputs import STANDARD, Source, digest, mixture, read_sources
 from minilm_fast.decoding.journal import Header, Record
@@ -395,4 +395,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

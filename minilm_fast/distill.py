@@ -6,13 +6,12 @@ import argparse
 import gc
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilm_fast.cli import ArgumentParser, run_training
+from minilm_fast.cli import ArgumentParser, leave, run_training
 from minilm_fast.errors import UserError
 from minilm_fast.training.flags import add_loop_flags, known_by, loop_options, non_negative_float, positive_int
 
@@ -477,4 +476,4 @@ def _check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

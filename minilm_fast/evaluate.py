@@ -6,13 +6,12 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from minilm_fast.cli import ArgumentParser, guarded, say
+from minilm_fast.cli import ArgumentParser, guarded, leave, say
 from minilm_fast.data.parallel import available_cores
 from minilm_fast.decoding.output import STANDARD, Destination
 from minilm_fast.errors import UserError
@@ -340,4 +339,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

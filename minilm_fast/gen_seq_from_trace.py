@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import glob
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minilm_fast.cli import ArgumentParser, guarded, say
+from minilm_fast.cli import ArgumentParser, guarded, leave, say
 from minilm_fast.decoding.output import TRACE_SUFFIX, Destination
 from minilm_fast.errors import UserError
 
@@ -125,4 +124,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilm_fast.cli import ArgumentParser, run_training
+from minilm_fast.cli import ArgumentParser, leave, run_training
 from minilm_fast.errors import UserError
 from minilm_fast.training.flags import add_loop_flags, known_by, loop_options, natural, positive_int
 
@@ -287,4 +286,4 @@ def _check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -68,6 +68,21 @@ def weights(folder: Path) -> dict[int, bytes]:
     return {int(f.parent.name[5:]): f.read_bytes() for f in folder.glob("ckpt-*/model.safetensors")}
 
 
+def outcome(folder: Path) -> tuple[dict[int, bytes], bytes]:
+    """The weights of each checkpoint, and the history."""
+    return weights(folder), (folder / "history.json").read_bytes()
+
+
+def difference(found: tuple[dict[int, bytes], bytes], expected: tuple[dict[int, bytes], bytes]) -> str:
+    """What differs between the outcomes of two runs, in words."""
+    (weights_1, history_1), (weights_2, history_2) = found, expected
+    if sorted(weights_1) != sorted(weights_2):
+        return f"checkpoints {sorted(weights_1)}, not {sorted(weights_2)}"
+    if changed := [number for number in sorted(weights_1) if weights_1[number] != weights_2[number]]:
+        return f"the weights of the checkpoints {changed}"
+    return f"history {history_1.decode()}, not {history_2.decode()}"
+
+
 def random_kills(arguments: list[str], kills: int, seed: int) -> dict[str, object]:
     """See the module."""
     output = Path(arguments[arguments.index("--output_dir") + 1])
@@ -75,7 +90,7 @@ def random_kills(arguments: list[str], kills: int, seed: int) -> dict[str, objec
     if wait(fork(arguments)) != 0:
         raise SystemExit("the undisturbed run failed")
     duration = time.perf_counter() - start
-    expected, history = weights(output), (output / "history.json").read_bytes()
+    expected = outcome(output)
     shutil.rmtree(output)
     rng = random.Random(seed)
     killed, finished, in_saving = 0, 0, 0
@@ -85,8 +100,8 @@ def random_kills(arguments: list[str], kills: int, seed: int) -> dict[str, objec
         status = wait(child) if killed == kills else kill_after(child, rng.uniform(0, 0.7 * duration))
         if status == 0:
             finished += 1
-            if weights(output) != expected or (output / "history.json").read_bytes() != history:
-                raise SystemExit(f"after {killed} kills the run ended otherwise")
+            if (found := outcome(output)) != expected:
+                raise SystemExit(f"after {killed} kills the run ended otherwise: {difference(found, expected)}")
             if killed == kills:
                 break
             shutil.rmtree(output)

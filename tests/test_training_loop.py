@@ -469,6 +469,20 @@ def test_best_checkpoint_is_kept(run: Any, tmp_path: Path, place: Path, monkeypa
     assert sorted(path.name for path in out.glob("optim.*")) == ["optim.6.bin"]
 
 
+def test_killed_before_old_checkpoints_are_removed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that goes on removes them, also where all steps are done."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "prune", killed)
+        assert run(save_steps=6, save_total_limit=1)[0] == 130
+    shutil.copytree(tmp_path / "out" / "ckpt-6", tmp_path / "out" / "ckpt-3")
+    assert run(save_steps=6, save_total_limit=1)[0] == 0
+    assert checkpointing.weight_steps(tmp_path / "out") == [6]
+
+
 def test_generation_scores_at_each_checkpoint(run: Any, place: Path, tmp_path: Path) -> None:
     pytest.importorskip("sacrebleu")
     dev = place / "train.jsonl"

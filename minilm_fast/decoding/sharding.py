@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from minilm_fast.data.parallel import available_cores
 from minilm_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,14 +120,7 @@ def set_threads(requested: int | None, group: Group, environment: Mapping[str, s
     if requested is not None:
         torch.set_num_threads(requested)
     elif chosen is None and group.local_size > 1:
-        torch.set_num_threads(max(1, _cores() // group.local_size))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        torch.set_num_threads(max(1, available_cores() // group.local_size))
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -292,15 +292,19 @@ class Trainer:
 
         def write() -> None:
             self.history.add(self.record | measures)
-            best = self.history.best()
-            if best is not None:
-                checkpointing.point_to_best(self.output_dir, best["step"])
-            limit = self.options.save_total_limit
-            checkpointing.prune(self.output_dir, self.step, limit, best["step"] if best else None)
+            self._tidy()
 
         self.world.on_main(write)
         if self.reporter is not None:
             self.reporter.evaluation(self.step, measures)
+
+    def _tidy(self) -> None:
+        """Point to the best checkpoint, and remove those above the limit."""
+        best = self.history.best()
+        if best is not None:
+            checkpointing.point_to_best(self.output_dir, best["step"])
+        limit = self.options.save_total_limit
+        checkpointing.prune(self.output_dir, self.step, limit, best["step"] if best else None)
 
     def hint(self) -> str:
         """What a message about a run that was cut short ends with."""
@@ -318,8 +322,11 @@ class Trainer:
         self.task.module.train()
         self._start_reporter()
         try:
-            if self.record.get("step") == self.step and not self.history.has(self.step):
-                self.evaluate()
+            if self.record.get("step") == self.step:
+                if self.history.has(self.step):
+                    self.world.on_main(self._tidy)  # the run may have been killed just before
+                else:
+                    self.evaluate()
             if self.step >= self.options.total_steps:
                 logger.info("all %d steps are done", self.options.total_steps)
             with DeferredSignals() as signals:
