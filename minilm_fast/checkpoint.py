@@ -288,6 +288,7 @@ def save(
     tokenizer: Tokenizer | None = None,
     *,
     weight_format: str = "safetensors",
+    architecture: str | None = None,
 ) -> None:
     """Save a checkpoint that plain transformers loads with equal results, and record which tokenizer it needs.
 
@@ -301,6 +302,8 @@ def save(
         state: tensors under canonical names; others (a classifier, a pooler) are written as they are named.
         tokenizer: saved beside the weights. Without one an earlier record in ``config`` is kept.
         weight_format: ``"safetensors"``, ``"bin"`` (``pytorch_model.bin``, which older programs read) or ``"both"``.
+        architecture: the class of transformers that the file names; by default the masked-language model if there is
+            its head, else the encoder.
 
     Raises:
         UserError: ``state`` does not fit ``config``, or the folder cannot be written.
@@ -319,7 +322,7 @@ def save(
                 write_archive({name: tensor.contiguous() for name, tensor in tensors.items()}, stream)
         if tokenizer is not None:
             tokenizer.save(staging)
-        text = json.dumps(_config_on_disk(config, state), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(_config_on_disk(config, state, architecture), indent=2, sort_keys=True) + "\n"
         (staging / "config.json").write_text(text, encoding="utf-8")
         for file in staging.iterdir():
             sync_file(file)
@@ -342,12 +345,12 @@ def _config_to_save(config: Config, state: Mapping[str, Tensor]) -> Config:
     return config.replace(tie_word_embeddings=tied and (config.tie_word_embeddings or decoder is None))
 
 
-def _config_on_disk(config: Config, state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _config_on_disk(config: Config, state: Mapping[str, Tensor], architecture: str | None) -> dict[str, Any]:
     values = config.to_dict()
     for key in ("dtype", "transformers_version", "_name_or_path", "name_or_path"):
         values.pop(key, None)
     with_head, encoder_only = _ARCHITECTURES.get(config.model_type, ("BertForMaskedLM", "BertModel"))
-    values["architectures"] = [with_head if layouts.DECODER_BIAS in state else encoder_only]
+    values["architectures"] = [architecture or (with_head if layouts.DECODER_BIAS in state else encoder_only)]
     values["torch_dtype"] = "float32"
     return values
 

@@ -12,7 +12,7 @@ from minilm_fast import ops
 from minilm_fast.config import Config
 from minilm_fast.errors import UserError
 from minilm_fast.layouts import DECODER_WEIGHT, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
-from minilm_fast.modeling.encoder import Encoder
+from minilm_fast.modeling.encoder import Encoder, initialise
 from minilm_fast.modeling.seq2seq import Head
 
 _ENCODER_LAYER = "bert.encoder.layer."
@@ -75,20 +75,6 @@ class Student(nn.Module):
         matrix = head.matrix(self.bert.embeddings.word_embeddings.weight)
         losses = ops.label_smoothed_cross_entropy(head.transform(hidden), matrix, head.bias, labels, 0.0)
         return losses.sum() / max(1, len(labels))
-
-
-def initialise(module: nn.Module, std: float) -> None:
-    """BERT's initialisation of linear layers, embeddings and LayerNorms."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, std=std)
-        if isinstance(part, nn.Linear) and part.bias is not None:
-            nn.init.zeros_(part.bias)
-        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
-            nn.init.zeros_(part.weight.data[part.padding_idx])
-        if isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
 
 
 def student_config(

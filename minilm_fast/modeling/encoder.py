@@ -64,12 +64,26 @@ def relative_position_bucket(distance: Tensor, bins: int, max_distance: int) -> 
     return inside + (distance > 0) * half
 
 
+def initialise(module: nn.Module, std: float) -> None:
+    """BERT's initialisation of linear layers, embeddings and LayerNorms."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            nn.init.zeros_(part.weight.data[part.padding_idx])
+        if isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
 class Embeddings(nn.Module):
     """Word, position and (unless ``type_vocab_size`` is 0) token-type embeddings, added and normalised."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        size = config.hidden_size
+        size = config.embedding_size
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings: nn.Embedding | None = None
@@ -198,6 +212,8 @@ class Encoder(nn.Module):
 
     Attributes:
         gradient_checkpointing: keep only the layers' inputs for the backward pass and compute the rest again.
+        embeddings_project: from the width of the embeddings to that of the layers, where they differ (ELECTRA,
+            arXiv:2003.10555, section 3.1).
 
     Raises:
         UserError: the configuration asks for something that this network does not have.
@@ -205,14 +221,12 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.embedding_size != config.hidden_size:
-            raise UserError(
-                f"training needs embedding_size = hidden_size, the configuration has {config.embedding_size} and "
-                f"{config.hidden_size}"
-            )
         self.config = config
         self.gradient_checkpointing = False
         self.embeddings = Embeddings(config)
+        self.embeddings_project: nn.Linear | None = None
+        if config.embedding_size != config.hidden_size:
+            self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size)
         self.encoder = LayerStack(config)
         self.rel_pos_bias: nn.Linear | None = None
         if config.rel_pos_bins > 0:
@@ -243,6 +257,8 @@ class Encoder(nn.Module):
         if token_type_ids is None:
             token_type_ids = torch.where(layout.in_source(), self.config.source_type_id, self.config.target_type_id)
         hidden = self.embeddings(input_ids, position_ids, token_type_ids)
+        if self.embeddings_project is not None:
+            hidden = self.embeddings_project(hidden)
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))

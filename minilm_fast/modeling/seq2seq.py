@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilm_fast import ops
-from minilm_fast.config import Config
+from minilm_fast.config import ROBERTA_TYPES, Config
 from minilm_fast.data.batching import PackedBatch
 from minilm_fast.errors import UserError
 from minilm_fast.layouts import (
@@ -26,13 +26,17 @@ logger = logging.getLogger(__name__)
 
 
 class Transform(nn.Module):
-    """Dense, activation, LayerNorm before the vocabulary."""
+    """Dense, activation, LayerNorm before the vocabulary.
+
+    The activation is ``hidden_act``, for RoBERTa, XLM-R and ELECTRA always the exact GELU.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = None if config.hidden_act == "gelu" else activation(config.hidden_act)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        exact = config.hidden_act == "gelu" or config.model_type in (*ROBERTA_TYPES, "electra")
+        self.activation = None if exact else activation(config.hidden_act)
+        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
         norm = self.LayerNorm
@@ -49,7 +53,7 @@ class Predictions(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder: nn.Linear | None = None
         if not config.tie_word_embeddings:
-            self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.decoder = nn.Linear(config.embedding_size, config.vocab_size, bias=False)
 
     def matrix(self, embeddings: Tensor) -> Tensor:
         """The output projection ``[vocab_size, hidden]``, given the word embeddings."""
