@@ -68,10 +68,38 @@ def guarded(run: Callable[[], None], hint: Callable[[], str] = str, batch_flag: 
     return 0
 
 
+def run_understanding(
+    args: argparse.Namespace,
+    make_trainer: Callable[[argparse.Namespace, World], Trainer],
+    check: Callable[[argparse.Namespace], None],
+) -> int:
+    """What the scripts for understanding tasks do: ``--do_train``, ``--do_eval`` and ``--do_predict``.
+
+    Args:
+        args: with the flags of :func:`minilm_fast.training.flags.add_understanding_flags`.
+        make_trainer: reads the data and makes the trainer of an
+            :class:`minilm_fast.training.understanding.UnderstandingTask`; it is also made where nothing is trained.
+        check: as for :func:`run_training`.
+
+    Returns:
+        The exit status.
+    """
+
+    def finish(trainer: Trainer) -> None:
+        from minilm_fast.training import understanding
+
+        understanding.finish(args, trainer)
+
+    return run_training(args, make_trainer, check, train=args.do_train, finish=finish)
+
+
 def run_training(
     args: argparse.Namespace,
     make_trainer: Callable[[argparse.Namespace, World], Trainer],
     check: Callable[[argparse.Namespace], None],
+    *,
+    train: bool = True,
+    finish: Callable[[Trainer], None] | None = None,
 ) -> int:
     """What every training program does with its arguments: processes, output folder, resume, training.
 
@@ -79,6 +107,8 @@ def run_training(
         args: with the flags of :func:`minilm_fast.training.flags.add_loop_flags` and ``output_dir``.
         make_trainer: reads the data and makes the trainer.
         check: raises :class:`UserError` where flags are wrong, before anything is read or written.
+        train: whether there is anything to train.
+        finish: what is to be done after training.
 
     Returns:
         The exit status.
@@ -96,8 +126,11 @@ def run_training(
             world.connect()
             with run_folder(world, args.output_dir) as folder:
                 trainer = make_trainer(args, world)
-                trainer.prepare(folder, overwrite=args.overwrite_output_dir)
-                trainer.train()
+                if train:
+                    trainer.prepare(folder, overwrite=args.overwrite_output_dir)
+                    trainer.train()
+                if finish is not None:
+                    finish(trainer)
             world.close()
 
     return guarded(run, lambda: trainer.hint() if trainer else "", "--per_gpu_train_batch_size")

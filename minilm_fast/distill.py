@@ -138,28 +138,16 @@ class Hop:
 
 
 def _load_teacher(args: argparse.Namespace, name: str, config: str | None) -> tuple[LoadedCheckpoint, Tokenizer]:
-    from minilm_fast import checkpoint
-    from minilm_fast.tokenization import Tokenizer
+    from minilm_fast.training.loading import load_with_tokenizer
 
-    resolved = checkpoint.resolve(
-        name, config_name=config, tokenizer_name=args.tokenizer_name, cache_dir=args.cache_dir
-    )
-    if resolved.tokenizer is None:
-        raise UserError(f"{name} holds no vocabulary: give --tokenizer_name")
-    # What transformers computes: the single token-type row of RoBERTa counts.
-    loaded = checkpoint.load(resolved.weights, config=resolved.config, fold_token_types=True)
-    tokenizer = Tokenizer.from_pretrained(
-        resolved.tokenizer,
-        model_type=loaded.config.model_type,
-        do_lower_case=args.do_lower_case or None,
+    return load_with_tokenizer(
+        name,
+        config_name=config,
+        tokenizer_name=args.tokenizer_name,
         cache_dir=args.cache_dir,
+        do_lower_case=args.do_lower_case or None,
+        max_seq_length=args.max_seq_length,
     )
-    checkpoint.check_tokenizer(loaded.config, loaded.tokenizer_record, tokenizer)
-    if loaded.config.max_position_embeddings < args.max_seq_length:
-        raise UserError(
-            f"--max_seq_length {args.max_seq_length}: {name} has {loaded.config.max_position_embeddings} positions"
-        )
-    return loaded, tokenizer
 
 
 def _sizes(args: argparse.Namespace, owner: str) -> dict[str, int | None]:

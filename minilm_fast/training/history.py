@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,19 @@ class History:
             file.write((json.dumps(content, indent=1) + "\n").encode())
 
     def best(self) -> dict[str, Any] | None:
-        """``step``, ``metric`` and ``value`` of the best checkpoint; None if nothing was measured."""
-        measured = [r for r in self.records if math.isfinite(r.get(self.metric, math.nan))]
-        if not measured:
-            return None
-        sign = 1 if self.metric.endswith("loss") else -1
-        best = min(measured, key=lambda record: sign * record[self.metric])
-        return {"step": best["step"], "metric": self.metric, "value": best[self.metric]}
+        """See :func:`best_record`."""
+        return best_record(self.records, self.metric)
+
+
+def best_record(records: Sequence[Mapping[str, float]], metric: str) -> dict[str, Any] | None:
+    """``step``, ``metric`` and ``value`` of the best of several records; None if nothing was measured.
+
+    Args:
+        metric: as for :class:`History`.
+    """
+    measured = [record for record in records if math.isfinite(record.get(metric, math.nan))]
+    if not measured:
+        return None
+    sign = 1 if metric.endswith("loss") else -1
+    best = min(measured, key=lambda record: sign * record[metric])
+    return {"step": best["step"], "metric": metric, "value": best[metric]}

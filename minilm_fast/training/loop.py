@@ -39,6 +39,7 @@ class LoopOptions:
         total_steps: optimiser steps of the whole run, over which the learning rate falls to 0.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         save_total_limit: how many checkpoints to keep beside the best; None: all.
+        evaluate_checkpoints: measure each checkpoint as it is saved.
         metric_for_best_model: the measure that decides which checkpoint is the best.
         log_dir: folder of TensorBoard's files; None: ``runs`` in the output folder, if it is installed.
         peak_tflops: of one process' device, in units of 1e12 operations a second; None: measured.
@@ -55,13 +56,15 @@ class LoopOptions:
     save_total_limit: int | None = None
     precision: str = "fp32"
     seed: int = 42
+    evaluate_checkpoints: bool = True
     metric_for_best_model: str = "dev_loss"
     log_dir: Path | None = None
     peak_tflops: float | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that the weights depend on."""
-        free = {"logging_steps", "save_steps", "save_total_limit", "metric_for_best_model", "log_dir", "peak_tflops"}
+        free = {"logging_steps", "save_steps", "save_total_limit", "log_dir", "peak_tflops"}
+        free |= {"evaluate_checkpoints", "metric_for_best_model"}
         values = {name: value for name, value in asdict(self).items() if name not in free}
         values["num_training_steps"] = values.pop("total_steps")
         precision = values.pop("precision")
@@ -285,10 +288,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the checkpoint that was just written, and record it."""
         folder = checkpoint_folder(self.output_dir, self.step)
-        self.task.module.eval()
-        with torch.no_grad():
-            measures = self.task.evaluate(self.world, self.precision, folder)
-        self.task.module.train()
+        measures = self.measure(folder) if self.options.evaluate_checkpoints else {}
 
         def write() -> None:
             self.history.add(self.record | measures)
@@ -297,6 +297,18 @@ class Trainer:
         self.world.on_main(write)
         if self.reporter is not None:
             self.reporter.evaluation(self.step, measures)
+
+    def measure(self, folder: Path) -> dict[str, float]:
+        """What the task measures of the model as it is.
+
+        Args:
+            folder: with the model's weights.
+        """
+        self.task.module.eval()
+        with torch.no_grad():
+            measures = self.task.evaluate(self.world, self.precision, folder)
+        self.task.module.train()
+        return measures
 
     def _tidy(self) -> None:
         """Point to the best checkpoint, and remove those above the limit."""
