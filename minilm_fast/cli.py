@@ -27,6 +27,7 @@ COMMANDS = {
     "gen-seq-from-trace": ("minilm_fast.gen_seq_from_trace", "choose outputs anew from saved score traces"),
     "evaluate": ("minilm_fast.evaluate", "score generated texts with the metrics of the paper's tables"),
     "distill": ("minilm_fast.distill", "distil a smaller model from a teacher: MiniLM v1 and v2"),
+    "export-onnx": ("minilm_fast.export_onnx", "write an encoder with its head as an ONNX file"),
     "train": ("minilm_fast.run_seq2seq", "fine-tune an encoder as a sequence-to-sequence model"),
 }
 USAGE_ERROR = 2
