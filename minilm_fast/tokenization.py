@@ -32,6 +32,8 @@ _LINE_BREAK = " [X_SEP] "
 class _Subword(Protocol):
     def tokenize(self, text: str) -> list[str]: ...
 
+    def tokenize_with_offsets(self, text: str) -> tuple[list[str], list[tuple[int, int]]]: ...
+
 
 @dataclass
 class _Vocabulary:
@@ -145,6 +147,42 @@ class Tokenizer:
                 result.extend(self._subword.tokenize(part))
         return result
 
+    def tokenize_with_offsets(self, text: str) -> tuple[list[str], list[tuple[int, int]]]:
+        """The tokens of :meth:`tokenize`, and the characters of the text that each stands for.
+
+        Returns:
+            the tokens, and ``start, end`` of each in the text, end exclusive and without white space around it; they
+            are equal where a token stands for no character.
+        """
+        text_as_read, places = self._as_read(text)
+        tokens: list[str] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for index, part in enumerate(self._specials.split(text_as_read)):
+            if index % 2:
+                found, spans = [part], [(0, len(part))]
+            else:
+                content = part.rstrip()
+                found, spans = self._subword.tokenize_with_offsets(content) if content else ([], [])
+            tokens += found
+            for first, last in spans:
+                end = places[start + last - 1] + 1 if last > first else places[start + first]
+                offsets.append(_without_spaces(text, places[start + first], end))
+            start += len(part)
+        return tokens, offsets
+
+    def _as_read(self, text: str) -> tuple[str, list[int]]:
+        """The text in lower case if that is wanted, and where each character and the end are in the text itself."""
+        if not self.do_lower_case:
+            return text, list(range(len(text) + 1))
+        chars: list[str] = []
+        places: list[int] = []
+        for index, part in enumerate(self._specials.split(text)):
+            for char in part:
+                chars.append(char if index % 2 else _lower(char))
+                places += [len(chars) - 1] * len(chars[-1])
+        return "".join(chars), [*places, len(text)]
+
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
         """Ids of tokens; what the vocabulary lacks becomes ``unk_id``."""
         lookup, unknown = self.vocabulary.get, self.unk_id
@@ -221,6 +259,14 @@ def _write_text(path: Path, text: str) -> None:
 def _lower(text: str) -> str:
     # One character at a time a capital sigma has no word end to see, so it never becomes a final sigma.
     return text.replace("\N{GREEK CAPITAL LETTER SIGMA}", "\N{GREEK SMALL LETTER SIGMA}").lower()
+
+
+def _without_spaces(text: str, start: int, end: int) -> tuple[int, int]:
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    return start, end
 
 
 def _read_folder(folder: Path, wanted: str) -> _Vocabulary:

@@ -8,8 +8,10 @@ and is cached per word, which makes this as fast as a compiled tokenizer on runn
 from __future__ import annotations
 
 import functools
+import itertools
 import unicodedata
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 MAX_WORD_LENGTH = 100
 _CACHED_WORDS = 1 << 16
@@ -51,6 +53,36 @@ class WordPiece:
         word = self._word
         return [token for part in text.translate(self._clean).split() for token in word(part)]
 
+    def tokenize_with_offsets(self, text: str) -> tuple[list[str], list[tuple[int, int]]]:
+        """The tokens of a text, and the characters of the text that each stands for: ``start, end``, end exclusive."""
+        tokens: list[str] = []
+        offsets: list[tuple[int, int]] = []
+        cleaned = [(char, place) for place, source in enumerate(text) for char in source.translate(self._clean)]
+        for part in _split_spaces(cleaned):
+            chars = [_Character(char, place, place + 1) for char, place in part]
+            word = "".join(char for char, _ in part)
+            tokens += self._word(word)
+            offsets += self._offsets(word, chars)
+        return tokens, offsets
+
+    def _offsets(self, word: str, chars: list[_Character]) -> list[tuple[int, int]]:
+        whole = (chars[0].start, chars[-1].end)
+        if word in self._never_split:
+            return _cut(self._pieces(word), chars, self._unk_token)
+        if self._do_lower_case:
+            chars = _without_accents(chars)
+        parts = " ".join(_split_punctuation("".join(char.text for char in chars))).split()
+        pieces = [self._pieces(part) for part in parts]
+        if tuple(piece for group in pieces for piece in group) != self._word(word):
+            # Accents put in another order by normalisation: which token has which character is not told apart.
+            return [whole] * len(self._word(word))
+        chars = [char for char in chars if not char.text.isspace()]
+        offsets: list[tuple[int, int]] = []
+        for part, group in zip(parts, pieces, strict=True):
+            offsets += _cut(group, chars[: len(part)], self._unk_token)
+            chars = chars[len(part) :]
+        return offsets
+
     def _tokenize_word(self, word: str) -> tuple[str, ...]:
         if word in self._never_split:
             return tuple(self._pieces(word))
@@ -78,6 +110,44 @@ class WordPiece:
             pieces.append(piece)
             start = end
         return pieces
+
+
+class _Character(NamedTuple):
+    """A character after normalisation, and where in the text it comes from."""
+
+    text: str
+    start: int
+    end: int
+
+
+def _split_spaces(cleaned: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+    groups = itertools.groupby(cleaned, key=lambda item: item[0].isspace())
+    return [list(group) for is_space, group in groups if not is_space]
+
+
+def _without_accents(chars: list[_Character]) -> list[_Character]:
+    """Decomposed, lower-case characters; a base letter takes the place of the accents after it, too."""
+    found: list[_Character] = []
+    for char in chars:
+        decomposed = unicodedata.normalize("NFD", char.text.lower())
+        kept = [part for part in decomposed if unicodedata.category(part) != "Mn"]
+        if not kept and found:
+            found[-1] = found[-1]._replace(end=char.end)
+        found += [_Character(part, char.start, char.end) for part in kept]
+    return found
+
+
+def _cut(pieces: list[str], chars: list[_Character], unk_token: str) -> list[tuple[int, int]]:
+    """Offsets of the pieces that a word's characters were cut into."""
+    if pieces == [unk_token]:
+        return [(chars[0].start, chars[-1].end)]
+    offsets = []
+    start = 0
+    for piece in pieces:
+        end = start + len(piece) - (2 if start else 0)
+        offsets.append((chars[start].start, chars[end - 1].end))
+        start = end
+    return offsets
 
 
 class _CleaningTable(dict[int, str]):
