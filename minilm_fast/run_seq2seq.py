@@ -73,6 +73,11 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--lmdb_cache", action="store_true", help="accepted, has no effect: features are cached in Arrow files")
     add("--lmdb_dtype", default="h", help="accepted, has no effect")
+    add(
+        "--max_tokens",
+        type=positive_int,
+        help="a batch is as many examples as fit into so many tokens, in place of --per_gpu_train_batch_size (new)",
+    )
     add("--group_by_length", action="store_true", help="batches of about equal lengths (new)")
     add(
         "--average_tokens_across_batches",
@@ -241,7 +246,7 @@ def make_trainer(args: argparse.Namespace, world: World | None = None) -> Traine
     from minilm_fast.data.features import make_features, special_ids
     from minilm_fast.training.distributed import World
     from minilm_fast.training.loop import Trainer
-    from minilm_fast.training.seq2seq import Seq2SeqTask, steps_of_epochs
+    from minilm_fast.training.seq2seq import Seq2SeqTask
 
     world = world or World({}, cuda=not args.no_cuda)
     torch.manual_seed(args.seed)
@@ -261,8 +266,7 @@ def make_trainer(args: argparse.Namespace, world: World | None = None) -> Traine
     _describe(features, task.masker)
     steps = args.num_training_steps
     if steps <= 0:
-        global_batch = args.per_gpu_train_batch_size * args.gradient_accumulation_steps * world.size
-        steps = steps_of_epochs(len(features), args.num_training_epochs, global_batch)
+        steps = task.batches.steps_in(args.num_training_epochs)
     loop = loop_options(args, total_steps=steps, metric_for_best_model=_best_metric(args))
     return Trainer(task, loop, args.output_dir, world)
 

@@ -106,7 +106,11 @@ def _with_features(args: argparse.Namespace, trainer: Trainer) -> Trainer:
     return Trainer(task, trainer.options, args.output_dir, trainer.world)
 
 
-@pytest.mark.parametrize("extra", [{}, {"group_by_length": True, "bf16": True}], ids=["plain", "grouped-bf16"])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"group_by_length": True, "bf16": True}, {"max_tokens": 120}],
+    ids=["plain", "grouped-bf16", "max-tokens"],
+)
 def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, extra: dict) -> None:
     model = copy_model(tmp_path / "model")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -120,6 +124,25 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path: Path, extra: dict) -> 
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
     assert (whole / "history.json").read_bytes() == (broken / "history.json").read_bytes()
+
+
+def test_batches_of_a_number_of_tokens(tmp_path: Path) -> None:
+    """Over an epoch the losses of the steps are the loss of every label, each weighing the same."""
+    model = copy_model(tmp_path / "model", **NO_DROPOUT)
+    flags = RUN | {"max_tokens": 90, "num_training_steps": -1, "num_training_epochs": 1, "mask_way": "v2"}
+    flags |= {"target_mask_prob": -1, "random_prob": 0, "keep_prob": 0, "learning_rate": 1e-12}
+    trainer = make_trainer(build_parser().parse_args(arguments(tmp_path, model, **flags)))
+    trainer.task.module.train()
+    batches, size = trainer.task.batches, trainer.options.total_steps
+    features = list(batches.features)
+    assert size > 3
+    chosen = [feature for step in range(size) for feature in batches[step][0]]
+    assert sorted(map(str, chosen)) == sorted(map(str, features))
+    for step in range(size):
+        assert sum(len(s.source_ids) + 2 + 2 * (len(s.target_ids) + 1) for s in batches[step][0]) <= 90
+    mean = sum(trainer.train_step().parts["loss"] for _ in range(size)) / size
+    trainer.task.dev_features = features
+    assert mean == pytest.approx(_dev_loss(trainer), rel=1e-5)
 
 
 def test_training_lowers_the_dev_loss_and_saves_what_loads_back(tmp_path: Path) -> None:

@@ -16,7 +16,14 @@ from minilm_fast import checkpoint
 from minilm_fast.data.batching import PackedBatch, collate
 from minilm_fast.data.features import FeatureStore
 from minilm_fast.data.masking import Feature, Masker, Masking, Sample, SpecialIds, make_masker
-from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers, sequential_batch
+from minilm_fast.data.orders import (
+    BatchOrder,
+    LengthGroupedBatches,
+    TokenBudgetBatches,
+    batch_numbers,
+    mean_predictions,
+    sequential_batch,
+)
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.seq2seq import Seq2SeqModel
 from minilm_fast.tokenization import Tokenizer
@@ -37,6 +44,8 @@ class Seq2SeqOptions:
     """Settings of the data; the names are those of the command line's flags.
 
     Args:
+        max_tokens: if given, a batch is as many examples as fit into it, and ``per_gpu_train_batch_size`` is that of
+            the dev set only. Every predicted token of the data then weighs the same, in whatever batch it is.
         pad_to_multiple_of: see :func:`minilm_fast.data.batching.collate`.
     """
 
@@ -47,6 +56,7 @@ class Seq2SeqOptions:
     mask_way: str = "v2"
     num_max_mask_token: int = 0
     masking: Masking = field(default_factory=Masking)
+    max_tokens: int | None = None
     group_by_length: bool = False
     average_tokens_across_batches: bool = False
     seed: int = 42
@@ -68,6 +78,9 @@ class Batches:
         features: gone through in an order that the constructor shuffles with ``rng``, as the original does.
         masker: for the lengths of samples.
         processes: how many share a step.
+
+    Attributes:
+        normalizer: the mean number of labels of a step, if the number of a batch's examples varies.
     """
 
     def __init__(
@@ -78,10 +91,16 @@ class Batches:
         self.count = processes * options.gradient_accumulation_steps
         self.order = list(range(len(features)))
         rng.shuffle(self.order)
-        self.grouped: LengthGroupedBatches | None = None
-        self.across = options.average_tokens_across_batches
-        if options.group_by_length:
-            lengths = _lengths(masker, features)[self.order].tolist()
+        self.grouped: BatchOrder | None = None
+        self.across = options.average_tokens_across_batches and options.max_tokens is None
+        self.normalizer: float | None = None
+        if options.max_tokens is not None:
+            lengths = _lengths(masker, features)[self.order]
+            budget = TokenBudgetBatches(lengths, options.max_tokens, options.seed, by_length=options.group_by_length)
+            self.grouped = budget
+            self.normalizer = self.count * mean_predictions(budget, masker.predictions(_feature_lengths(features)[1]))
+        elif options.group_by_length:
+            lengths = _lengths(masker, features)[self.order]
             size = self.size * self.count if self.across else self.size
             if self.across and size > len(lengths):
                 raise UserError(
@@ -99,18 +118,27 @@ class Batches:
         whole = self.grouped[step]
         return [whole[start : start + self.size] for start in range(0, len(whole), self.size)]
 
+    def steps_in(self, epochs: int) -> int:
+        """Steps in which every example is seen ``epochs`` times."""
+        if self.grouped is not None:
+            return math.ceil(self.grouped.batches_in(epochs) / (1 if self.across else self.count))
+        return steps_of_epochs(len(self.order), epochs, self.size * self.count)
+
     def __getitem__(self, step: int) -> list[list[Feature]]:
         return [[self.features[self.order[i]] for i in indices] for indices in self._indices(step)]
 
 
 def _lengths(masker: Masker, features: Sequence[Feature]) -> np.ndarray:
     """Tokens of every feature's sample."""
+    return sum(masker.segments(*_feature_lengths(features)))
+
+
+def _feature_lengths(features: Sequence[Feature]) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of the sources and targets."""
     if isinstance(features, FeatureStore):
-        source, target = features.lengths()
-    else:
-        source = np.array([len(feature.source_ids) for feature in features])
-        target = np.array([len(feature.target_ids) for feature in features])
-    return sum(masker.segments(source, target))
+        return features.lengths()
+    source = np.array([len(feature.source_ids) for feature in features])
+    return source, np.array([len(feature.target_ids) for feature in features])
 
 
 class Seq2SeqTask:
@@ -170,6 +198,8 @@ class Seq2SeqTask:
         names = ("max_source_seq_length", "max_target_seq_length", "mask_way", "num_max_mask_token", "group_by_length")
         values: dict[str, Any] = {name: getattr(options, name) for name in names}
         values["average_tokens_across_batches"] = options.average_tokens_across_batches
+        if options.max_tokens is not None:
+            values["max_tokens"] = options.max_tokens
         values |= {name: getattr(options.masking, name) for name in Masking.__dataclass_fields__}
         per_step = self.world.size * options.gradient_accumulation_steps
         if options.average_tokens_across_batches:
@@ -186,7 +216,9 @@ class Seq2SeqTask:
         samples = [[self.masker(feature) for feature in features] for features in self.batches[step]]
         counts = [(len(s.source), len(s.target), len(s.pseudo)) for batch in samples for s in batch]
         predicted = sum(len(s.labels) for batch in samples for s in batch)
-        normalizer = predicted + _EPSILON if self.options.average_tokens_across_batches else None
+        normalizer = self.batches.normalizer
+        if self.options.average_tokens_across_batches:
+            normalizer = predicted + _EPSILON
         return StepData(
             batches=[self._collate(batch) for batch in samples[self.world.rank :: self.world.size]],
             normalizer=normalizer,
