@@ -137,7 +137,8 @@ def fine_tune(options: argparse.Namespace, start: str, size: str, task: str, see
     import torch
 
     from minilm_fast import checkpoint
-    from minilm_fast.data.glue import make_classification_features, read_glue
+    from minilm_fast.data.classification import make_classification_features
+    from minilm_fast.data.glue import read_glue
     from minilm_fast.modeling.classification import SequenceClassifier
     from minilm_fast.tokenization import Tokenizer
     from minilm_fast.training.classification import ClassificationOptions, ClassificationTask
@@ -160,10 +161,10 @@ def fine_tune(options: argparse.Namespace, start: str, size: str, task: str, see
     config = config.replace(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0)
     model = SequenceClassifier.from_state(config, state, 2)
     metric = TASKS[task][1]
-    settings = ClassificationOptions(16, seed=seed, metrics=tuple({"accuracy", metric}))
+    settings = ClassificationOptions(16, 16, seed=seed, metrics=tuple({"accuracy", metric}))
     world = World({}, cuda=True)
     trainer = Trainer(
-        ClassificationTask(model, tokenizer, *splits, settings, world),
+        ClassificationTask(model, tokenizer, splits[0], {"": splits[1]}, settings, world),
         LoopOptions(
             options.steps,
             learning_rate=options.learning_rate,

@@ -215,14 +215,6 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _digest(path: Path) -> str:
-    from minilm_fast.data.feature_cache import stream_digest
-
-    with open(path, "rb") as file:
-        digest, _ = stream_digest(file)
-    return f"sha256 {digest[:16]}"
-
-
 def _describe(features: FeatureStore, masker: Masker) -> None:
     sources, targets = masker.truncated(*features.lengths())
     counts = features.counts
@@ -243,6 +235,7 @@ def make_trainer(args: argparse.Namespace, world: World | None = None) -> Traine
     """
     import torch
 
+    from minilm_fast.data.feature_cache import digest_of
     from minilm_fast.data.features import make_features, special_ids
     from minilm_fast.training.distributed import World
     from minilm_fast.training.loop import Trainer
@@ -259,7 +252,7 @@ def make_trainer(args: argparse.Namespace, world: World | None = None) -> Traine
     generation = _generation(args, dev)
     features = _train_features(args, tokenizer, world)
     logger.info("%d training examples, %d dev examples", len(features), len(dev))
-    identity = _identity(args) | {"train_file": _digest(args.train_file)}
+    identity = _identity(args) | {"train_file": digest_of(args.train_file)}
     dev_features = make_features(dev, tokenizer)
     options = _task_options(args)
     task = Seq2SeqTask(model, tokenizer, special, features, dev_features, options, world, identity, generation)

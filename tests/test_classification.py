@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from minilm_fast import checkpoint
-from minilm_fast.data.glue import TextExample, make_classification_features, read_glue
+from minilm_fast.data.classification import ClassificationFeature, TextExample, make_classification_features
+from minilm_fast.data.glue import read_glue
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.classification import ClassificationBatch, SequenceClassifier
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.checkpointing import run_folder
-from minilm_fast.training.classification import ClassificationOptions, ClassificationTask, accuracy, f1, matthews
+from minilm_fast.training.classification import ClassificationOptions, ClassificationTask
 from minilm_fast.training.distributed import World
 from minilm_fast.training.loop import LoopOptions, Trainer
 
@@ -48,7 +49,7 @@ FILES = {
     "sst-2": ("sentence\tlabel\na b \t0\n", ("a b ",), 0),
     "cola": ("gj04\t1\t\ta b.\n", ("a b.",), 1),
     "qnli": ("index\tquestion\tsentence\tlabel\n0\ta\tb\tentailment\n", ("a", "b"), 0),
-    "mnli": ("index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tx\tcontradiction\n", ("a", "b"), 2),
+    "mnli": ("index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tx\tcontradiction\n", ("a", "b"), 0),
     "QQP": ("id\tquestion1\tquestion2\tis_duplicate\n0\ta\tb\t1\n", ("a", "b"), 1),
 }
 
@@ -68,6 +69,7 @@ def test_files_of_glue(task: str, tmp_path: Path) -> None:
         ("rte", "sentence1\tsentence2\tlabel\na\tb\tmaybe\n", r"a.tsv:2: the label 'maybe' is not one of"),
         ("sst-2", "sentence\tlabel\n", "holds no examples"),
         ("sst-2", "", "holds no examples"),
+        ("sts-b", "sentence1\tsentence2\tscore\na\tb\t5.1\n", "a.tsv:2: the score '5.1' is not a number from 0 to 5"),
         ("stsb", "", "task 'stsb' is not one of"),
     ],
 )
@@ -79,24 +81,33 @@ def test_files_that_are_wrong(task: str, content: str, message: str, tmp_path: P
 
 def test_short_lines_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("sentence\tlabel\na\nb\t1\n")
-    with pytest.warns(UserWarning, match="1 lines have too few columns"):
+    with pytest.warns(UserWarning, match=r"1 line has too few columns, passed over \(the first: line 2\)"):
         assert read_glue(tmp_path / "a.tsv", "sst-2") == [TextExample(("b",), 1)]
 
 
 def test_features(tokenizer: Tokenizer) -> None:
     examples = [TextExample(("w0 w1 w2 w3", "w4 w5"), 1), TextExample(("w0 w1 w2 w3 w4 w5 w6 w7",), 0)]
     pair, single = make_classification_features(examples, tokenizer, 8)
-    assert pair.input_ids == [2, 5, 6, 7, 3, 9, 10, 3] and pair.token_type_ids == [0, 0, 0, 0, 0, 1, 1, 1]
-    assert single.input_ids == [2, 5, 6, 7, 8, 9, 10, 3] and single.token_type_ids == [0] * 8
+    assert pair.input_ids.tolist() == [2, 5, 6, 7, 3, 9, 10, 3] and pair.first == 5
+    assert single.input_ids.tolist() == [2, 5, 6, 7, 8, 9, 10, 3] and single.first == 8
     assert (pair.label, single.label) == (1, 0)
+    untyped = make_classification_features(examples, tokenizer, 8, token_types=False)
+    assert [feature.first for feature in untyped] == [8, 8]
+    batch = ClassificationBatch.collate([pair, single], multiple=20)
+    assert batch.tokens.layout.cu_seqlens.tolist() == [0, 8, 16, 20] and batch.labels.tolist() == [1, 0]
+    assert batch.token_type_ids.tolist() == [0] * 5 + [1] * 3 + [0] * 12
 
 
-def test_metrics() -> None:
-    predictions, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
-    assert accuracy(predictions, labels) == pytest.approx(0.6)
-    assert f1(predictions, labels) == pytest.approx(2 / 3)
-    assert matthews(predictions, labels) == pytest.approx((2 * 1 - 1) / (3 * 3 * 2 * 2) ** 0.5)
-    assert matthews(np.ones(3), np.array([1, 0, 1])) == 0 and f1(np.zeros(3), np.zeros(3)) == 0
+def test_longer_texts_are_cut_first(tokenizer: Tokenizer) -> None:
+    """As one token after the other is taken from the longer text, or from the second of equal ones."""
+    for first in range(1, 9):
+        for second in range(1, 9):
+            parts = [list(range(first)), list(range(second))]
+            while sum(map(len, parts)) > 6:
+                max(reversed(parts), key=len).pop()
+            texts = tuple(" ".join(f"w{i}" for i in range(n)) for n in (first, second))
+            [feature] = make_classification_features([TextExample(texts, 0)], tokenizer, 9)
+            assert (feature.first - 2, len(feature.input_ids) - feature.first - 1) == tuple(map(len, parts))
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra"])
@@ -122,22 +133,18 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
         expected = theirs(**inputs, token_type_ids=types).logits
     features = make_features(ids, mask, types)
     with torch.no_grad():
-        torch.testing.assert_close(ours(features), expected, rtol=1e-4, atol=1e-5)
-    checkpoint.save(tmp_path / "ours", loaded.config, ours.checkpoint_state())
+        logits = ours(features.tokens, token_type_ids=features.token_type_ids)
+        torch.testing.assert_close(logits[:3], expected, rtol=1e-4, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
     again: Any = type(theirs).from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs, token_type_ids=types).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def make_features(ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> ClassificationBatch:
-    from minilm_fast.data.glue import ClassificationFeature
-
-    return ClassificationBatch.collate(
-        [
-            ClassificationFeature(i[m.bool()].tolist(), t[m.bool()].tolist(), 0)
-            for i, m, t in zip(ids, mask, types, strict=True)
-        ]
-    )
+    """With idle tokens, which must change nothing."""
+    rows = ((i[m.bool()].numpy(), int((t[m.bool()] == 0).sum())) for i, m, t in zip(ids, mask, types, strict=True))
+    return ClassificationBatch.collate([ClassificationFeature(ids, first, 0) for ids, first in rows], multiple=64)
 
 
 def make_trainer(folder: Path, tokenizer: Tokenizer, steps: int = 40) -> Trainer:
@@ -147,14 +154,14 @@ def make_trainer(folder: Path, tokenizer: Tokenizer, steps: int = 40) -> Trainer
     for i in range(300):
         words = [f"w{30 * (i % 2) + rng.randint(30)}" for _ in range(rng.randint(2, 10))]
         examples.append(TextExample((" ".join(words),), i % 2))
-    features = make_classification_features(examples, tokenizer, 20)
+    features, dev = (make_classification_features(part, tokenizer, 20) for part in (examples[:240], examples[240:]))
     torch.manual_seed(0)
     loaded = checkpoint.load(TEACHER, for_training=True)
     config = loaded.config.replace(hidden_dropout_prob=0.1)
     model = SequenceClassifier.from_state(config, loaded.state, 2)
     options = ClassificationOptions(16, metrics=("accuracy", "f1", "matthews"))
     world = World({}, cuda=False)
-    task = ClassificationTask(model, tokenizer, features[:240], features[240:], options, world)
+    task = ClassificationTask(model, tokenizer, features, {"": dev}, options, world)
     loop = LoopOptions(
         steps,
         learning_rate=3e-3,

@@ -24,7 +24,17 @@ LAYERS = [
     {"ops", "kernels", "_C"},
     {"data", "modeling"},
     {"training", "decoding", "distillation", "metrics"},
-    {"cli", "decode", "distill", "evaluate", "run_seq2seq", "gen_seq_from_trace", "export_onnx"},
+    {
+        "cli",
+        "decode",
+        "distill",
+        "evaluate",
+        "export_onnx",
+        "gen_seq_from_trace",
+        "run_glue",
+        "run_seq2seq",
+        "run_xnli",
+    },
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # The facade stands beside the entry points: it ties modeling to decoding.

@@ -189,6 +189,13 @@ def stream_digest(stream: IO[bytes], size: int | None = None) -> tuple[str, int]
     return found.hexdigest(), seen
 
 
+def digest_of(path: Path) -> str:
+    """What a run is known by that reads this file: part of its SHA-256."""
+    with open(path, "rb") as file:
+        digest, _ = stream_digest(file)
+    return f"sha256 {digest[:16]}"
+
+
 def _read_trailer(cache_file: Path) -> _Trailer | None:
     """The trailer, if it is whole and fits the length of the file."""
     try:

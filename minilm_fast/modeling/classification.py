@@ -1,39 +1,62 @@
-"""An encoder with a classifier of whole sequences; names of Hugging Face's ``...ForSequenceClassification``."""
+"""A classifier of whole sequences; ``...ForSequenceClassification`` of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilm_fast.config import ROBERTA_TYPES, Config
-from minilm_fast.data.glue import ClassificationFeature
+from minilm_fast.data.classification import ClassificationFeature
 from minilm_fast.data.token_batch import TokenBatch
-from minilm_fast.errors import UserError
-from minilm_fast.modeling.encoder import Encoder
+from minilm_fast.modeling.heads.base import HeadModel, Pooler, classifier_dropout
+from minilm_fast.modeling.heads.inputs import HeadInput
+from minilm_fast.modeling.heads.labels import label_names
 
-# The two linear layers of the head by family.
-_BERT_NAMES = {"pooler": "bert.pooler.dense", "classifier": "classifier"}
-_OTHER_NAMES = {"pooler": "classifier.dense", "classifier": "classifier.out_proj"}
+# Idle tokens are cut into sequences of at most so many, for which every model has positions.
+_IDLE_LENGTH = 16
 
 
 @dataclass(frozen=True)
 class ClassificationBatch:
-    """Packed sequences, their token types int32 ``[tokens]`` and their labels int64 ``[batch]``."""
+    """Packed sequences with their labels.
+
+    Attributes:
+        tokens: the sequences; those after the first ``len(labels)`` are idle.
+        token_type_ids: int32 ``[tokens]``.
+        labels: ``[sequences that count]``, int64 numbers of labels or fp32 scores.
+    """
 
     tokens: TokenBatch
     token_type_ids: Tensor
     labels: Tensor
 
     @classmethod
-    def collate(cls, features: Sequence[ClassificationFeature]) -> ClassificationBatch:
-        """Packs features."""
-        types = torch.tensor([kind for feature in features for kind in feature.token_type_ids], dtype=torch.int32)
-        labels = torch.tensor([feature.label for feature in features])
-        return cls(TokenBatch.from_sequences([feature.input_ids for feature in features]), types, labels)
+    def collate(
+        cls, features: Sequence[ClassificationFeature], *, scores: bool = False, multiple: int = 1
+    ) -> ClassificationBatch:
+        """Packs features.
+
+        Args:
+            scores: whether labels are scores.
+            multiple: idle sequences make the number of tokens a multiple of this one, see
+                :func:`minilm_fast.data.batching.collate`.
+        """
+        lengths = [len(feature.input_ids) for feature in features]
+        idle = -sum(lengths) % multiple
+        fillers = [min(_IDLE_LENGTH, idle - start) for start in range(0, idle, _IDLE_LENGTH)]
+        sequences = [feature.input_ids for feature in features] + [np.zeros(n, dtype=np.int32) for n in fillers]
+        types = np.concatenate(
+            [np.arange(length) >= feature.first for length, feature in zip(lengths, features, strict=True)]
+            + [np.zeros(idle, dtype=bool)]
+        )
+        values = [feature.label for feature in features]
+        labels = torch.tensor(values, dtype=torch.float32 if scores else torch.int64)
+        return cls(TokenBatch.from_sequences(sequences), torch.from_numpy(types.astype(np.int32)), labels)
 
     def to(self, device: torch.device | str) -> ClassificationBatch:
         """The same batch on a device."""
@@ -41,67 +64,45 @@ class ClassificationBatch:
         return replace(self, tokens=self.tokens.to(device), token_type_ids=types, labels=labels)
 
 
-class SequenceClassifier(nn.Module):
-    """Dense layer and activation on the first token, dropout, linear classifier.
+class SequenceClassifier(HeadModel):
+    """Dense layer and activation on the first token, dropout, linear classifier (BERT, arXiv:1810.04805, section 4.1).
 
-    The activation is tanh, for ELECTRA GELU. RoBERTa and ELECTRA also drop out what enters the dense layer.
-
-    Args:
-        config: its token types are those of the sequences' two parts.
-        num_labels: of the classifier.
+    The activation is tanh, for ELECTRA GELU. RoBERTa and ELECTRA also drop out what enters the dense layer. Logits are
+    ``[batch, num_labels]``.
     """
 
-    def __init__(self, config: Config, num_labels: int) -> None:
+    suffix = "ForSequenceClassification"
+
+    def build(self, config: Config) -> None:
+        """See :class:`HeadModel`."""
+        labels = len(label_names(config))
+        if config.model_type in (*ROBERTA_TYPES, "electra"):
+            self.classifier: nn.Module = DenseClassifier(config, labels)
+            return
+        self.bert.pooler = Pooler(config)
+        self.dropout = classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, labels)
+
+    def head(self, hidden: Tensor, batch: HeadInput) -> Tensor:
+        """See :class:`HeadModel`."""
+        first = batch.first_tokens(hidden)
+        if isinstance(self.classifier, nn.Linear):
+            first = self.dropout(self.get_submodule("bert.pooler")(first))
+        logits: Tensor = self.classifier(first)
+        return logits
+
+
+class DenseClassifier(nn.Module):
+    """The head of RoBERTa and ELECTRA: dropout, dense layer, activation, dropout, linear layer."""
+
+    def __init__(self, config: Config, labels: int) -> None:
         super().__init__()
-        self.config = config
-        self.bert = Encoder(config)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, num_labels)
-        for layer in (self.pooler, self.classifier):
-            nn.init.normal_(layer.weight, std=config.initializer_range)
-            nn.init.zeros_(layer.bias)
-        self._bert_like = config.model_type not in (*ROBERTA_TYPES, "electra")
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = F.gelu if config.model_type == "electra" else torch.tanh
+        self.dropout = classifier_dropout(config)
+        self.out_proj = nn.Linear(config.hidden_size, labels)
 
-    @classmethod
-    def from_state(cls, config: Config, state: Mapping[str, Tensor], num_labels: int) -> SequenceClassifier:
-        """Network with the encoder of a checkpoint, and its pooler and classifier where they fit.
-
-        Args:
-            state: canonical names; pooler and classifier as on disk.
-
-        Raises:
-            UserError: a weight of the encoder is missing or has another shape.
-        """
-        model = cls(config, num_labels)
-        own = model.state_dict()
-        disk = model.disk_names()
-        given = {name: state[disk.get(name, name)] for name in own if disk.get(name, name) in state}
-        for name, tensor in own.items():
-            if name in given and given[name].shape == tensor.shape:
-                continue
-            if name.startswith("bert."):
-                raise UserError(f"the checkpoint has no {name} of shape {list(tensor.shape)}")
-            given.pop(name, None)
-        model.load_state_dict(given, strict=False)
-        return model
-
-    def disk_names(self) -> dict[str, str]:
-        """Names of the head's parameters in a checkpoint."""
-        names = _BERT_NAMES if self._bert_like else _OTHER_NAMES
-        return {f"{own}.{kind}": f"{disk}.{kind}" for own, disk in names.items() for kind in ("weight", "bias")}
-
-    def checkpoint_state(self) -> dict[str, Tensor]:
-        """Weights under canonical names, those of the head as on disk."""
-        disk = self.disk_names()
-        return {disk.get(name, name): tensor.detach() for name, tensor in self.state_dict().items()}
-
-    def forward(self, batch: ClassificationBatch) -> Tensor:
-        """Logits ``[batch, num_labels]``."""
-        tokens = batch.tokens
-        hidden = self.bert(tokens.input_ids, tokens.position_ids, tokens.layout, batch.token_type_ids)
-        first = hidden[tokens.layout.cu_seqlens[:-1].long()]
-        pooled = self.pooler(first if self._bert_like else self.dropout(first))
-        pooled = F.gelu(pooled) if self.config.model_type == "electra" else torch.tanh(pooled)
-        logits: Tensor = self.classifier(self.dropout(pooled))
+    def forward(self, first: Tensor) -> Tensor:
+        """``[batch, hidden]`` -> ``[batch, labels]``."""
+        logits: Tensor = self.out_proj(self.dropout(self.activation(self.dense(self.dropout(first)))))
         return logits

@@ -1,9 +1,8 @@
-"""Fine-tuning a classifier of sequences."""
+"""Fine-tuning a classifier of sequences, or a regression on them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilm_fast import checkpoint
-from minilm_fast.data.glue import ClassificationFeature
+from minilm_fast.atomic import atomic_write
+from minilm_fast.data.classification import ClassificationFeatures
 from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers
 from minilm_fast.errors import UserError
+from minilm_fast.metrics.classification import METRICS
 from minilm_fast.modeling.classification import ClassificationBatch, SequenceClassifier
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.distributed import World
@@ -24,31 +25,8 @@ from minilm_fast.training.flops import encoder_flops
 from minilm_fast.training.precision import Precision
 from minilm_fast.training.task import StepData
 
-
-def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Share of predictions that are right."""
-    return float((predictions == labels).mean())
-
-
-def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Harmonic mean of precision and recall of label 1; 0 if nothing was found."""
-    found = int(((predictions == 1) & (labels == 1)).sum())
-    return 2 * found / max(1, int((predictions == 1).sum() + (labels == 1).sum()))
-
-
-def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews' correlation of two classes; 0 if a margin is empty."""
-    both = [int(((predictions == p) & (labels == t)).sum()) for p, t in ((1, 1), (0, 0), (1, 0), (0, 1))]
-    tp, tn, fp, fn = both
-    margins = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return (tp * tn - fp * fn) / math.sqrt(margins) if margins else 0.0
-
-
-METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-}
+Sets = Mapping[str, ClassificationFeatures]
+"""Data sets by name; one alone may have the name ``""``."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +34,75 @@ class ClassificationOptions:
     """Settings of the data; the names are those of the command line's flags.
 
     Args:
-        metrics: keys of ``METRICS``, measured on the dev set beside its loss.
+        metrics: keys of :data:`minilm_fast.metrics.classification.METRICS`, measured on a set beside its loss.
+        regression: labels are scores: the loss is the squared error, a prediction the one logit.
+        pad_to_multiple_of: see :meth:`minilm_fast.modeling.classification.ClassificationBatch.collate`.
     """
 
     per_gpu_train_batch_size: int = 32
+    per_gpu_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     seed: int = 42
     metrics: tuple[str, ...] = ("accuracy",)
+    regression: bool = False
     save_format: str = "safetensors"
+    pad_to_multiple_of: int = 1
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Predictions that are to be written.
+
+    Args:
+        name: of the file, which gets the ending ``.tsv``.
+        numbers: first column of each line.
+        show: text of a prediction (the number of a label, or a score).
+    """
+
+    name: str
+    numbers: Sequence[str]
+    features: ClassificationFeatures
+    show: Callable[[float], str]
 
 
 class ClassificationModule(nn.Module):
-    """The loss of a batch: the mean cross-entropy of its labels, or their sum over ``normalizer``."""
+    """The loss of a batch: the mean of its examples' losses, or their sum over ``normalizer``."""
 
-    def __init__(self, model: SequenceClassifier) -> None:
+    def __init__(self, model: SequenceClassifier, regression: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.regression = regression
 
     def forward(self, batch: ClassificationBatch, normalizer: float | None = None) -> Tensor:
         """fp32 scalar."""
-        losses = F.cross_entropy(self.model(batch).float(), batch.labels, reduction="sum")
-        return losses / (len(batch.labels) if normalizer is None else normalizer)
+        logits = self.model(batch.tokens, token_type_ids=batch.token_type_ids)[: len(batch.labels)]
+        return loss_sum(logits, batch.labels, self.regression) / (
+            len(batch.labels) if normalizer is None else normalizer
+        )
+
+
+def loss_sum(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
+    """Sum of the cross-entropies, or of the squared errors, fp32.
+
+    Args:
+        logits: ``[examples, num_labels]``; for a regression ``[examples, 1]``.
+        labels: int64 or fp32 ``[examples]``.
+    """
+    if regression:
+        return F.mse_loss(logits.float().squeeze(1), labels, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 class ClassificationTask:
-    """Trains a classifier on features.
+    """Trains a classifier on features; also an :class:`minilm_fast.training.understanding.UnderstandingTask`.
 
     Args:
-        dev: if not empty, loss and metrics are measured on it at every checkpoint.
+        features: may be empty if nothing is trained.
+        dev: measured at checkpoints.
         identity: what the run is known by beside ``options``: plain values by the name of their flag.
+        test: labelled sets that are measured once, at the end.
+        submissions: see :meth:`predict_files`.
+        on_report: called in the first process with what :meth:`report` found, and the output folder.
     """
 
     find_unused_parameters = False
@@ -93,22 +111,29 @@ class ClassificationTask:
         self,
         model: SequenceClassifier,
         tokenizer: Tokenizer,
-        features: Sequence[ClassificationFeature],
-        dev: Sequence[ClassificationFeature],
+        features: ClassificationFeatures,
+        dev: Sets,
         options: ClassificationOptions,
         world: World,
         identity: Mapping[str, Any] | None = None,
+        *,
+        test: Sets | None = None,
+        submissions: Sequence[Submission] = (),
+        on_report: Callable[[Mapping[str, float], Path], None] | None = None,
     ) -> None:
-        self.module = ClassificationModule(model)
+        self.module = ClassificationModule(model, options.regression)
         self.model = model
         self.tokenizer = tokenizer
         self.features = features
-        self.dev = dev
+        self.dev = dict(dev)
         self.options = options
         self.world = world
         self.identity = dict(identity or {})
-        lengths = [len(feature.input_ids) for feature in features]
-        self.order = LengthGroupedBatches(lengths, options.per_gpu_train_batch_size, options.seed, 1)
+        self.test = dict(test or {})
+        self.submissions = submissions
+        self.on_report = on_report
+        if len(features):
+            self.order = LengthGroupedBatches(features.lengths, options.per_gpu_train_batch_size, options.seed, 1)
 
     def fingerprint(self) -> dict[str, Any]:
         """See :class:`minilm_fast.training.task.Task`."""
@@ -123,17 +148,23 @@ class ClassificationTask:
     def step_data(self, step: int) -> StepData:
         """See :class:`minilm_fast.training.task.Task`."""
         count, size = self.options.gradient_accumulation_steps, self.world.size
-        numbers = batch_numbers(step, count * size)
-        chosen = [[self.features[i] for i in self.order[number]] for number in numbers]
-        lengths = np.array([len(feature.input_ids) for features in chosen for feature in features])
+        chosen = [self.order[number] for number in batch_numbers(step, count * size)]
+        lengths = self.features.lengths[[index for batch in chosen for index in batch]]
         config = self.model.config
         forward = encoder_flops(config, int(lengths.sum()), int((lengths**2).sum()), config.num_hidden_layers)
         return StepData(
-            batches=[ClassificationBatch.collate(features) for features in chosen[self.world.rank :: size]],
+            batches=[self._collate(self.features, batch) for batch in chosen[self.world.rank :: size]],
             normalizer=None,
             tokens=int(lengths.sum()),
             flops=3 * forward,
             state=self.data_state(),
+        )
+
+    def _collate(self, features: ClassificationFeatures, chosen: Iterable[int]) -> ClassificationBatch:
+        return ClassificationBatch.collate(
+            [features[int(i)] for i in chosen],
+            scores=self.options.regression,
+            multiple=self.options.pad_to_multiple_of,
         )
 
     def data_state(self) -> dict[str, Any]:
@@ -144,46 +175,87 @@ class ClassificationTask:
         """See :class:`minilm_fast.training.task.Task`."""
 
     @torch.no_grad()
-    def predict(self, features: Sequence[ClassificationFeature], precision: Precision) -> np.ndarray:
-        """Logits fp32 ``[features, num_labels]`` of the model as it is; call it in evaluation mode."""
-        size = self.options.per_gpu_train_batch_size
-        order = np.argsort([len(feature.input_ids) for feature in features], kind="stable")
-        logits = np.zeros((len(features), self.model.classifier.out_features), dtype=np.float32)
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            batch = ClassificationBatch.collate([features[i] for i in chosen]).to(self.world.device)
+    def logits(self, features: ClassificationFeatures, world: World, precision: Precision) -> np.ndarray:
+        """fp32 ``[features, num_labels]`` of the model as it is; each process computes a share and all get all.
+
+        Call it in evaluation mode.
+        """
+        own = np.arange(world.rank, len(features), world.size)
+        # Long ones first, so that what does not fit into memory is found at once.
+        own = own[np.argsort(-features.lengths[own], kind="stable")]
+        size = self.options.per_gpu_eval_batch_size
+        logits = np.zeros((len(features), len(self.model.labels)), dtype=np.float32)
+        for start in range(0, len(own), size):
+            chosen = own[start : start + size]
+            batch = self._collate(features, chosen).to(world.device)
             with precision.autocast():
-                logits[chosen] = self.model(batch).float().cpu().numpy()
+                found = self.model(batch.tokens, token_type_ids=batch.token_type_ids)
+            logits[chosen] = found[: len(chosen)].float().cpu().numpy()
+        for rank, share in enumerate(world.gather(logits[world.rank :: world.size])):
+            logits[rank :: world.size] = share
         return logits
 
-    def evaluate(self, world: World, precision: Precision, weights: Path) -> dict[str, float]:
-        """``dev_loss`` and each metric; every process computes a share."""
-        if not len(self.dev):
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """Numbers of labels, or scores: ``[examples]``."""
+        return logits[:, 0] if self.options.regression else logits.argmax(1)
+
+    def measure(self, sets: Sets, prefix: str, world: World, precision: Precision) -> dict[str, float]:
+        """``PREFIX_loss`` and ``PREFIX_METRIC`` over all sets; of several also ``PREFIX_SET_METRIC`` of each."""
+        found = {name: self.logits(features, world, precision) for name, features in sets.items()}
+        if not found:
             return {}
-        shares = world.gather(self.predict(self.dev[world.rank :: world.size], precision))
-        logits = np.zeros((len(self.dev), shares[0].shape[1]), dtype=np.float32)
-        for rank, share in enumerate(shares):
-            logits[rank :: world.size] = share
-        labels = np.array([feature.label for feature in self.dev])
-        loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
-        predictions = logits.argmax(1)
-        return {"dev_loss": loss} | {f"dev_{name}": METRICS[name](predictions, labels) for name in self.options.metrics}
+        labels = np.concatenate([features.labels for features in sets.values()])
+        measures = self._measures(np.concatenate(list(found.values())), labels, prefix)
+        if len(sets) > 1:
+            for name, features in sets.items():
+                measures |= self._measures(found[name], features.labels, f"{prefix}_{name}")
+        return measures
+
+    def _measures(self, logits: np.ndarray, labels: np.ndarray, prefix: str) -> dict[str, float]:
+        truth = torch.from_numpy(labels).to(torch.float32 if self.options.regression else torch.int64)
+        loss = loss_sum(torch.from_numpy(logits), truth, self.options.regression).item() / len(labels)
+        predictions = self.predictions(logits)
+        values = {name: METRICS[name](predictions, labels) for name in self.options.metrics}
+        return {f"{prefix}_loss": loss} | {f"{prefix}_{name}": value for name, value in values.items()}
+
+    def evaluate(self, world: World, precision: Precision, weights: Path) -> dict[str, float]:
+        """``dev_loss`` and each metric, see :meth:`measure`."""
+        return self.measure(self.dev, "dev", world, precision)
+
+    def report(self, world: World, precision: Precision, output_dir: Path) -> dict[str, float]:
+        """The same of the test sets, named ``test_...``."""
+        measures = self.measure(self.test, "test", world, precision)
+        if self.on_report is not None:
+            show = self.on_report
+            world.on_main(lambda: show(measures, output_dir))
+        return measures
+
+    def predict_files(self, world: World, precision: Precision, output_dir: Path) -> list[Path]:
+        """A file for each submission: ``index`` and ``prediction``, as GLUE wants them."""
+        paths = []
+        for submission in self.submissions:
+            predictions = self.predictions(self.logits(submission.features, world, precision))
+            rows = zip(submission.numbers, map(submission.show, predictions.tolist()), strict=True)
+            text = "index\tprediction\n" + "".join(f"{number}\t{shown}\n" for number, shown in rows)
+            paths.append(output_dir / f"{submission.name}.tsv")
+
+            def write(path: Path = paths[-1], text: str = text) -> None:
+                with atomic_write(path) as file:
+                    file.write(text.encode())
+
+            world.on_main(write)
+        return paths
 
     def save_weights(self, folder: Path) -> None:
         """See :class:`minilm_fast.training.task.Task`; ``AutoModelForSequenceClassification`` loads it."""
-        labels = {str(i): f"LABEL_{i}" for i in range(self.model.classifier.out_features)}
-        named = {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
-        config = self.model.config.replace(extra={**self.model.config.extra, **named})
-        state = {name: tensor.cpu() for name, tensor in self.model.checkpoint_state().items()}
-        checkpoint.save(folder, config, state, self.tokenizer, weight_format=self.options.save_format)
+        self.model.save_pretrained(folder, self.tokenizer, weight_format=self.options.save_format)
 
     def load_weights(self, folder: Path) -> None:
         """See :class:`minilm_fast.training.task.Task`."""
         loaded = checkpoint.load(folder, for_training=True)
         state = {**loaded.state, **loaded.extra_state}
-        disk = self.model.disk_names()
         own = self.model.state_dict()
-        absent = sorted(disk.get(name, name) for name in own if disk.get(name, name) not in state)
-        if absent:
-            raise UserError(f"cannot resume from {folder}: {absent[0]} is missing")
-        self.model.load_state_dict({name: state[disk.get(name, name)] for name in own})
+        wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
+        if wrong:
+            raise UserError(f"{folder}: {wrong[0]} of shape {list(own[wrong[0]].shape)} is missing")
+        self.model.load_state_dict({name: state[name] for name in own})
