@@ -23,7 +23,7 @@ from minilm_fast.config import Config  # noqa: E402
 from minilm_fast.data.token_batch import TokenBatch  # noqa: E402
 from minilm_fast.errors import UserError  # noqa: E402
 from minilm_fast.export_onnx import TASKS, main  # noqa: E402
-from minilm_fast.modeling.classification import ClassificationBatch, SequenceClassifier  # noqa: E402
+from minilm_fast.modeling.classification import SequenceClassifier  # noqa: E402
 from minilm_fast.modeling.encoder import Encoder  # noqa: E402
 from minilm_fast.modeling.seq2seq import Seq2SeqModel  # noqa: E402
 
@@ -185,7 +185,7 @@ def test_masked_lm(tied, tmp_path):
 def test_sequence_classification(family, tmp_path):
     config = Config.from_dict({**SMALL.to_dict(), "pad_token_id": 0}, model_type=family)
     config = config.replace(extra={"id2label": {"0": "no", "1": "yes", "2": "perhaps"}})
-    network = SequenceClassifier(config, 3).eval()
+    network = SequenceClassifier(config).eval()
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
     checkpoint.save(tmp_path / "model", config, network.checkpoint_state())
@@ -193,7 +193,7 @@ def test_sequence_classification(family, tmp_path):
     (found,), ids, mask, types = run(tmp_path / "model.onnx")
     batch, kinds = packed(ids, mask, types)
     with torch.no_grad():
-        expected = network(ClassificationBatch(batch, kinds, torch.zeros(len(LENGTHS)))).numpy()
+        expected = network(batch, token_type_ids=kinds).numpy()
     assert np.abs(found - expected).max() < TOLERANCE
     about = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
     assert json.loads(about["id2label"])["2"] == "perhaps"
