@@ -146,9 +146,15 @@ class ResidualOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, seed: Tensor) -> Tensor:
         norm = self.LayerNorm
-        probability = self.probability if self.training else 0.0
         return ops.dropout_add_layer_norm(
-            self.dense(x), residual, norm.weight, norm.bias, norm.eps, dropout=probability, seed=seed
+            F.linear(x, self.dense.weight),
+            residual,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            dropout=self.probability if self.training else 0.0,
+            seed=seed,
+            x_bias=self.dense.bias,
         )
 
 
