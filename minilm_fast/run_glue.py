@@ -129,7 +129,7 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
     trained = ClassificationTask(model, tokenizer, train, dev, options, world, identity, submissions=submissions)
     first = next(iter(dev)) if len(dev) > 1 else ""
     metric = "_".join(part for part in ("dev", first, task.metrics[0]) if part)
-    return understanding.make_trainer(args, trained, len(train), metric, world)
+    return understanding.make_trainer(args, trained, len(train), metric, world, trained.measure_names())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -153,7 +153,7 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
         submissions=submissions,
         on_report=show,
     )
-    return understanding.make_trainer(args, task, len(train), "dev_accuracy", world)
+    return understanding.make_trainer(args, task, len(train), "dev_accuracy", world, task.measure_names())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

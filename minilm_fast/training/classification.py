@@ -211,6 +211,11 @@ class ClassificationTask:
                 measures |= self._measures(found[name], features.labels, f"{prefix}_{name}")
         return measures
 
+    def measure_names(self) -> list[str]:
+        """The names of what :meth:`evaluate` gives."""
+        sets = ["dev", *(f"dev_{name}" for name in self.dev)] if len(self.dev) > 1 else ["dev"] * len(self.dev)
+        return [f"{name}_{measure}" for name in sets for measure in ("loss", *self.options.metrics)]
+
     def _measures(self, logits: np.ndarray, labels: np.ndarray, prefix: str) -> dict[str, float]:
         truth = torch.from_numpy(labels).to(torch.float32 if self.options.regression else torch.int64)
         loss = loss_sum(torch.from_numpy(logits), truth, self.options.regression).item() / len(labels)

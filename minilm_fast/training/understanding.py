@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -105,7 +105,12 @@ def identity(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def make_trainer(
-    args: argparse.Namespace, task: UnderstandingTask, examples: int, metric: str, world: World
+    args: argparse.Namespace,
+    task: UnderstandingTask,
+    examples: int,
+    metric: str,
+    world: World,
+    measures: Collection[str] = (),
 ) -> Trainer:
     """The trainer of a task, with the loop's options from the flags.
 
@@ -113,7 +118,14 @@ def make_trainer(
         examples: of the training set, or features where one example gives several; 0 without ``--do_train``.
         metric: the measure of :meth:`Task.evaluate` that decides which checkpoint is best, unless
             ``--metric_for_best_model`` names another.
+        measures: all measures of :meth:`Task.evaluate`, if they are known beforehand.
+
+    Raises:
+        UserError: ``--metric_for_best_model`` is not one of them, or flags contradict one another.
     """
+    chosen = args.metric_for_best_model or metric
+    if measures and chosen not in measures:
+        raise UserError(f"--metric_for_best_model {chosen}: not one of {', '.join(sorted(measures))}")
     steps = args.num_training_steps
     if steps <= 0:
         batch = args.per_gpu_train_batch_size * args.gradient_accumulation_steps * world.size
@@ -122,7 +134,7 @@ def make_trainer(
         args,
         total_steps=steps,
         evaluate_checkpoints=args.evaluate_during_training,
-        metric_for_best_model=args.metric_for_best_model or metric,
+        metric_for_best_model=chosen,
     )
     return Trainer(task, options, args.output_dir, world)
 
