@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Subcommand: its module and what it does.
 COMMANDS = {
     "decode": ("minilm_fast.decode", "decode a file with a fine-tuned sequence-to-sequence checkpoint"),
+    "encode": ("minilm_fast.encode", "embed a file of texts: one vector a line"),
     "gen-seq-from-trace": ("minilm_fast.gen_seq_from_trace", "choose outputs anew from saved score traces"),
     "evaluate": ("minilm_fast.evaluate", "score generated texts with the metrics of the paper's tables"),
     "distill": ("minilm_fast.distill", "distil a smaller model from a teacher: MiniLM v1 and v2"),

@@ -125,6 +125,22 @@ def fetch(
     return found
 
 
+def fetch_optional(
+    repository: str | os.PathLike[str],
+    files: Iterable[str],
+    *,
+    revision: str,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> None:
+    """Bring those files of a hub repository that it has into the cache.
+
+    Raises:
+        UserError: a transfer was cut off.
+    """
+    for file in files:
+        _download(str(repository), file, revision, cache_dir, required=False)
+
+
 def looks_like_id(name: str) -> bool:
     """Whether a name that is no local path could be a hub id."""
     return bool(_ID.fullmatch(name)) and not name.endswith(_FILE_SUFFIXES) and ".." not in name and "--" not in name

@@ -28,6 +28,7 @@ LAYERS = [
         "cli",
         "decode",
         "distill",
+        "encode",
         "evaluate",
         "export_onnx",
         "gen_seq_from_trace",

@@ -7,90 +7,34 @@ Unless it is fp32, sources attend in bf16 and keys and values are cached as bf16
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from minilm_fast import ops
 from minilm_fast.config import Config
-from minilm_fast.errors import UserError
-from minilm_fast.modeling.encoder import relative_position_bucket
+from minilm_fast.modeling.packed_encoder import PackedBlock, PackedEncoder, PackedLinear, WeightReader
 
 # The original's decoder normalises with 1e-5 whatever the configuration says.
 LAYER_NORM_EPS = 1e-5
 CAPACITY_MULTIPLE = 16
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-}
 
+class _LastLayer:
+    """The last layer: its queries are projected apart, for few rows ask."""
 
-@dataclass(frozen=True)
-class _Linear:
-    weight: ops.PackedWeight
-    bias: torch.Tensor
+    def __init__(self, reader: WeightReader, layer: int, heads: int) -> None:
+        self._heads = heads
+        self._query: PackedLinear = reader.projection(layer, "query")
+        self._key_value: PackedLinear = reader.projection(layer, "key", "value")
+        self.block: PackedBlock = reader.block(layer)
 
-    def __call__(self, x: torch.Tensor, activation: str = "none") -> torch.Tensor:
-        if activation in ("none", "gelu"):
-            return ops.linear(x, self.weight, self.bias, activation)
-        return _ACTIVATIONS[activation](ops.linear(x, self.weight, self.bias))
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        return self._query(x).view(x.shape[0], self._heads, -1)
 
-
-@dataclass(frozen=True)
-class _Norm:
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, LAYER_NORM_EPS)
-
-
-@dataclass(frozen=True)
-class _Projection:
-    """Queries, keys and values of a layer: one product, or in the last layer the queries apart."""
-
-    fused: _Linear | None
-    query: _Linear | None
-    key_value: _Linear | None
-
-    def __call__(
-        self, x: torch.Tensor, heads: int, dtype: torch.dtype = torch.float32
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.fused is not None:
-            q, k, v = self.fused(x).to(dtype).view(x.shape[0], 3, heads, -1).unbind(1)
-            return q, k, v
-        k, v = self.keys_values(x, heads)
-        return self.queries(x, heads), k, v
-
-    def queries(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        assert self.query is not None
-        return self.query(x).view(x.shape[0], heads, -1)
-
-    def keys_values(self, x: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.key_value is not None
-        k, v = self.key_value(x).view(x.shape[0], 2, heads, -1).unbind(1)
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = self._key_value(x).view(x.shape[0], 2, self._heads, -1).unbind(1)
         return k, v
-
-
-@dataclass(frozen=True)
-class _Layer:
-    projection: _Projection
-    attention_output: _Linear
-    attention_norm: _Norm
-    intermediate: _Linear
-    output: _Linear
-    output_norm: _Norm
-    activation: str
-
-    def after_attention(self, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """From the attention's result ``[rows, H, D]`` and the layer's input to the layer's output."""
-        x = self.attention_norm(self.attention_output(context.flatten(1)), x)
-        return self.output_norm(self.output(self.intermediate(x, self.activation)), x)
 
 
 class DecodeCache:
@@ -143,69 +87,21 @@ class InferenceEngine:
         self.heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5
-        self._state = state
-        embeddings = "bert.embeddings"
-        self._word = self._get(f"{embeddings}.word_embeddings.weight")
-        self._position = self._get(f"{embeddings}.position_embeddings.weight")
-        self._type = self._get(f"{embeddings}.token_type_embeddings.weight") if config.type_vocab_size else None
-        self._embedding_norm = self._norm(f"{embeddings}.LayerNorm")
-        projected = config.embedding_size != config.hidden_size
-        self._project = self._linear("bert.embeddings_project") if projected else None
-        self._layers = [self._layer(f"bert.encoder.layer.{i}") for i in range(config.num_hidden_layers)]
-        self._transform = self._linear("cls.predictions.transform.dense")
-        self._transform_norm = self._norm("cls.predictions.transform.LayerNorm")
-        decoder = state.get("cls.predictions.decoder.weight", self._word)
+        reader = WeightReader(config, state, dtype, eps=LAYER_NORM_EPS, purpose="decoding")
+        last = config.num_hidden_layers - 1
+        self._encoder = PackedEncoder(reader, last)
+        self._last = _LastLayer(reader, last, self.heads)
+        self._transform = reader.linear("cls.predictions.transform.dense")
+        self._transform_norm = reader.norm("cls.predictions.transform")
+        decoder = state.get("cls.predictions.decoder.weight", self._encoder.embed.word)
         self._head = ops.pack_weight(decoder, dtype)
-        self._head_bias = self._get("cls.predictions.bias").contiguous()
-        self.relative_bias = self._relative_bias()
-        del self._state
-
-    def _get(self, name: str) -> torch.Tensor:
-        try:
-            return self._state[name].detach().float()
-        except KeyError:
-            raise UserError(f"the checkpoint has no {name}, which decoding needs") from None
-
-    def _norm(self, prefix: str) -> _Norm:
-        return _Norm(self._get(f"{prefix}.weight").contiguous(), self._get(f"{prefix}.bias").contiguous())
-
-    def _linear(self, *prefixes: str, unbiased: str | None = None) -> _Linear:
-        weight = torch.cat([self._get(f"{p}.weight") for p in prefixes])
-        biases = [self._get(f"{p}.bias") for p in prefixes]
-        # A key bias shifts a row of scores by a constant, which the softmax does not see.
-        biases = [torch.zeros_like(b) if p == unbiased else b for p, b in zip(prefixes, biases, strict=True)]
-        return _Linear(ops.pack_weight(weight, self.dtype), torch.cat(biases))
-
-    def _layer(self, prefix: str) -> _Layer:
-        query, key, value = (f"{prefix}.attention.self.{name}" for name in ("query", "key", "value"))
-        if prefix.endswith(f".{self.config.num_hidden_layers - 1}"):
-            projection = _Projection(None, self._linear(query), self._linear(key, value, unbiased=key))
-        else:
-            projection = _Projection(self._linear(query, key, value, unbiased=key), None, None)
-        return _Layer(
-            projection=projection,
-            attention_output=self._linear(f"{prefix}.attention.output.dense"),
-            attention_norm=self._norm(f"{prefix}.attention.output.LayerNorm"),
-            intermediate=self._linear(f"{prefix}.intermediate.dense"),
-            output=self._linear(f"{prefix}.output.dense"),
-            output_norm=self._norm(f"{prefix}.output.LayerNorm"),
-            activation=self.config.hidden_act,
-        )
-
-    def _relative_bias(self) -> torch.Tensor | None:
-        """The bias of every distance, ``[heads, 2R + 1]``, from the buckets' biases."""
-        if not self.config.rel_pos_bins:
-            return None
-        limit = self.config.max_position_embeddings
-        buckets = relative_position_bucket(
-            torch.arange(-limit, limit + 1), self.config.rel_pos_bins, self.config.max_rel_pos
-        )
-        return self._get("bert.rel_pos_bias.weight")[:, buckets].contiguous()
+        self._head_bias = reader.get("cls.predictions.bias")
+        self.relative_bias = self._encoder.relative_bias
 
     def new_cache(self, *, slots: int, beams: int, source_capacity: int, steps: int) -> DecodeCache:
         """An empty cache for this model; arguments as for :class:`DecodeCache`."""
         return DecodeCache(
-            len(self._layers),
+            self.config.num_hidden_layers,
             self.heads,
             self.head_dim,
             slots=slots,
@@ -214,21 +110,6 @@ class InferenceEngine:
             steps=steps,
             dtype=torch.float32 if self.dtype == "fp32" else torch.bfloat16,
         )
-
-    def _embed(self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        norm = self._embedding_norm
-        x = ops.embed_layer_norm(
-            ids,
-            positions,
-            types if self._type is not None else None,
-            self._word,
-            self._position,
-            self._type,
-            norm.weight,
-            norm.bias,
-            LAYER_NORM_EPS,
-        )
-        return x if self._project is None else self._project(x)
 
     def prefill(
         self,
@@ -265,30 +146,35 @@ class InferenceEngine:
         query_rows = layout.cu_seqlens[1:].long() - 1
         types[query_rows] = self.config.target_type_id
         counts = torch.tensor(lengths, dtype=torch.int32)
-        bias = self.relative_bias
-        at = None if bias is None else positions
-        x = self._embed(ids, positions, types)
-        for index, layer in enumerate(self._layers):
-            last = index == len(self._layers) - 1
-            if last:
-                k, v = layer.projection.keys_values(x, self.heads)
-            else:
-                q, k, v = layer.projection(x, self.heads, cache.source_k.dtype)
-            source_k, source_v = cache.source_k[index], cache.source_v[index]
-            ops.store_source(k, v, layout.cu_seqlens, counts, slots, source_k, source_v, cache.source_lengths)
-            if keep_query:
-                cache.history_k[index, slots.long(), 0, 0] = k[query_rows].to(cache.history_k.dtype)
-                cache.history_v[index, slots.long(), 0, 0] = v[query_rows].to(cache.history_v.dtype)
-            if last:
-                x = self._last_query(layer, x[query_rows], k[query_rows], v[query_rows], slots, cache)
-            else:
-                context, _ = ops.attention(q, k, v, layout, scale=self.scale, relative_bias=bias, position_ids=at)
-                x = layer.after_attention(context.float(), x)
-        return x
+        x = self._encoder.embed(ids, positions, types)
+        for index, layer in enumerate(self._encoder.layers):
+            x, k, v = self._encoder.run_layer(layer, x, positions, layout)
+            self._store(index, k, v, layout, counts, slots, cache, query_rows if keep_query else None)
+        k, v = self._last.keys_values(x)
+        self._store(
+            self.config.num_hidden_layers - 1, k, v, layout, counts, slots, cache, query_rows if keep_query else None
+        )
+        return self._last_query(x[query_rows], k[query_rows], v[query_rows], slots, cache)
+
+    def _store(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: ops.SequenceLayout,
+        counts: torch.Tensor,
+        slots: torch.Tensor,
+        cache: DecodeCache,
+        query_rows: torch.Tensor | None,
+    ) -> None:
+        source_k, source_v = cache.source_k[layer], cache.source_v[layer]
+        ops.store_source(k, v, layout.cu_seqlens, counts, slots, source_k, source_v, cache.source_lengths)
+        if query_rows is not None:
+            cache.history_k[layer, slots.long(), 0, 0] = k[query_rows].to(cache.history_k.dtype)
+            cache.history_v[layer, slots.long(), 0, 0] = v[query_rows].to(cache.history_v.dtype)
 
     def _last_query(
         self,
-        layer: _Layer,
         x: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -299,7 +185,7 @@ class InferenceEngine:
         rows = x.shape[0]
         scratch = torch.empty(cache.source_lengths.numel(), 1, 1, self.heads, self.head_dim, dtype=cache.source_k.dtype)
         context = ops.decode_attention(
-            layer.projection.queries(x, self.heads),
+            self._last.queries(x),
             k,
             v,
             cache.source_k[-1],
@@ -314,7 +200,7 @@ class InferenceEngine:
             self.scale,
             self.relative_bias,
         )
-        return layer.after_attention(context, x)
+        return self._last.block(context, x)
 
     def step(
         self,
@@ -345,29 +231,44 @@ class InferenceEngine:
         positions = (start + torch.arange(rows, dtype=torch.int32)).expand(examples, beams, rows)
         ids = ids.reshape(-1)
         types = torch.full_like(ids, self.config.target_type_id)
-        x = self._embed(ids, positions.contiguous().view(-1), types)
-        for index, layer in enumerate(self._layers):
-            q, k, v = layer.projection(x, self.heads)
-            context = ops.decode_attention(
-                q,
-                k,
-                v,
-                cache.source_k[index],
-                cache.source_v[index],
-                cache.source_lengths,
-                cache.history_k[index],
-                cache.history_v[index],
-                ancestry,
-                slots,
-                steps,
-                rows,
-                self.scale,
-                self.relative_bias,
-            )
-            if index == len(self._layers) - 1 and rows == 2:
-                context, x = context[1::2], x[1::2]
-            x = layer.after_attention(context, x)
-        return x
+        x = self._encoder.embed(ids, positions.contiguous().view(-1), types)
+        for index, layer in enumerate(self._encoder.layers):
+            q, k, v = layer.projection(x).view(x.shape[0], 3, self.heads, -1).unbind(1)
+            x = layer.block(self._decode_attention(index, q, k, v, slots, steps, ancestry, rows, cache), x)
+        k, v = self._last.keys_values(x)
+        q = self._last.queries(x)
+        last = self.config.num_hidden_layers - 1
+        context = self._decode_attention(last, q, k, v, slots, steps, ancestry, rows, cache)
+        return self._last.block(context[rows - 1 :: rows], x[rows - 1 :: rows])
+
+    def _decode_attention(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slots: torch.Tensor,
+        steps: torch.Tensor,
+        ancestry: torch.Tensor,
+        rows: int,
+        cache: DecodeCache,
+    ) -> torch.Tensor:
+        return ops.decode_attention(
+            q,
+            k,
+            v,
+            cache.source_k[layer],
+            cache.source_v[layer],
+            cache.source_lengths,
+            cache.history_k[layer],
+            cache.history_v[layer],
+            ancestry,
+            slots,
+            steps,
+            rows,
+            self.scale,
+            self.relative_bias,
+        )
 
     def predict(
         self,

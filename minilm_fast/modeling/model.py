@@ -1,20 +1,31 @@
-"""A checkpoint, its configuration and its tokenizer, ready to decode."""
+"""A checkpoint, its configuration and its tokenizer, ready to decode and to embed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from minilm_fast import checkpoint
+from minilm_fast import checkpoint, hub
 from minilm_fast.config import Config
 from minilm_fast.decoding.options import DTYPES, SearchOptions
 from minilm_fast.decoding.result import GenerationResult, Hypothesis
 from minilm_fast.decoding.search import BeamSearch, SpecialIds
 from minilm_fast.errors import UserError
+from minilm_fast.modeling.embedding import (
+    DEFAULT_BATCH_SIZE,
+    SETTINGS_FILES,
+    Embedder,
+    EmbeddingSettings,
+    read_settings,
+)
 from minilm_fast.modeling.inference import InferenceEngine
+from minilm_fast.modeling.packed_encoder import PackedEncoder, WeightReader
 from minilm_fast.modeling.seq2seq import Seq2SeqModel
 from minilm_fast.ops import forced_backend
 from minilm_fast.tokenization import Tokenizer
@@ -35,7 +46,9 @@ class Model:
         self.config = config
         self.state = state
         self.tokenizer = tokenizer
+        self._embedding: Callable[[], EmbeddingSettings] = EmbeddingSettings
         self._engines: dict[tuple[str, str | None], InferenceEngine] = {}
+        self._encoders: dict[tuple[str, str | None], PackedEncoder] = {}
 
     @classmethod
     def from_pretrained(
@@ -78,7 +91,9 @@ class Model:
                 cache_dir=cache_dir,
             )
             checkpoint.check_tokenizer(loaded.config, record, tokenizer)
-        return cls(loaded.config, loaded.state, tokenizer)
+        model = cls(loaded.config, loaded.state, tokenizer)
+        model._embedding = partial(_embedding_settings, name_or_path, found.weights.parent, cache_dir)
+        return model
 
     @classmethod
     def from_config(cls, config: Config, tokenizer: Tokenizer | None = None, seed: int = 0) -> Model:
@@ -105,12 +120,96 @@ class Model:
         Raises:
             UserError: unknown dtype, or a weight that decoding needs is missing.
         """
-        if dtype not in DTYPES:
-            raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        key = (dtype, forced_backend())
+        key = self._packed_as(dtype)
         if key not in self._engines:
             self._engines[key] = InferenceEngine(self.config, self.state, dtype)
         return self._engines[key]
+
+    def encoder(self, dtype: str = "fp32") -> PackedEncoder:
+        """The encoder with packed weights, made at the first call for each dtype.
+
+        Args:
+            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+
+        Raises:
+            UserError: unknown dtype, or a weight is missing.
+        """
+        key = self._packed_as(dtype)
+        if key not in self._encoders:
+            self._encoders[key] = PackedEncoder(WeightReader(self.config, self.state, dtype))
+        return self._encoders[key]
+
+    def _packed_as(self, dtype: str) -> tuple[str, str | None]:
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        return dtype, forced_backend()
+
+    def encode(self, texts: str | Iterable[str], **options: Any) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+            texts: one text, or any number of them.
+            **options: as for :meth:`encode_iter`.
+
+        Returns:
+            fp32 ``[texts, hidden]`` in the order of the texts, for one text ``[hidden]``.
+
+        Raises:
+            UserError: as :meth:`encode_iter`.
+        """
+        if isinstance(texts, str):
+            return self.encode([texts], **options)[0]
+        blocks = list(self.encode_blocks(texts, **options))
+        return np.concatenate(blocks) if blocks else np.zeros((0, self.config.hidden_size), np.float32)
+
+    def encode_iter(self, texts: Iterable[str], **options: Any) -> Iterator[np.ndarray]:
+        """Embeds a stream of texts of any length in constant memory: yields fp32 ``[hidden]`` for each, in order.
+
+        Args:
+            texts: the texts; read a few batches ahead of what is yielded.
+            **options: as for :meth:`encode_blocks`.
+
+        Raises:
+            UserError: as :meth:`encode_blocks`.
+        """
+        for block in self.encode_blocks(texts, **options):
+            yield from block
+
+    def encode_blocks(
+        self,
+        texts: Iterable[str],
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        max_seq_length: int | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        dtype: str = "fp32",
+        num_proc: int = 1,
+    ) -> Iterator[np.ndarray]:
+        """Embeds a stream of texts and yields fp32 ``[at most batch_size, hidden]``, in order.
+
+        Args:
+            texts: the texts; read a few batches ahead of what is yielded.
+            pooling: ``"mean"``, ``"cls"`` or ``"max"`` over the tokens of a text, special tokens included.
+            normalize: whether each vector is divided by its Euclidean norm.
+            max_seq_length: tokens of a text, special tokens included; longer ones are cut.
+            batch_size: texts computed together; changes nothing but the speed.
+            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` weights of the linear layers.
+            num_proc: processes that tokenise; with 1 it is a thread of this process.
+
+        The first three are by default what the checkpoint records in the files of sentence-transformers, else the
+        mean, normalised, of as many tokens as the model has positions.
+
+        Raises:
+            UserError: an option is out of range, a text is no string, the model has no tokenizer, or its files ask for
+                a module or a pooling that is not supported.
+        """
+        if self.tokenizer is None:
+            raise UserError("the model has no tokenizer: give --tokenizer_name")
+        given = {"pooling": pooling, "normalize": normalize, "max_seq_length": max_seq_length}
+        settings = replace(self._embedding(), **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        settings = settings.checked(self.config.max_position_embeddings)
+        yield from Embedder(self.encoder(dtype), self.tokenizer, settings).blocks(texts, batch_size, num_proc)
 
     def generate(self, inputs: Sequence[Source], *, dtype: str = "fp32", **options: Any) -> list[GenerationResult]:
         """Decodes sources; results in input order. Arguments and errors as for :meth:`generate_stream`."""
@@ -159,6 +258,12 @@ class Model:
                 f"a source of {longest} tokens and --max_tgt_length {options.max_tgt_length} need {needed} positions, "
                 f"the model has {table}: lower --max_seq_length"
             )
+
+
+def _embedding_settings(name_or_path: str | Path, folder: Path, cache_dir: str | None) -> EmbeddingSettings:
+    if not Path(name_or_path).exists():
+        hub.fetch_optional(name_or_path, SETTINGS_FILES, revision=folder.name, cache_dir=cache_dir)
+    return read_settings(folder)
 
 
 class PreparedSource:

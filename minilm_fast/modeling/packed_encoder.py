@@ -1,0 +1,242 @@
+"""The encoder over weights that were packed once: what decoding, frozen teachers and embeddings run.
+
+Built from a configuration and a state dict with canonical names; independent of the trainable network. Biases and
+norms stay fp32, and so do the activations between operators; ``dtype`` is the format of the linear layers' weights.
+Unless it is fp32, attention is in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minilm_fast import ops
+from minilm_fast.config import Config
+from minilm_fast.errors import UserError
+from minilm_fast.modeling.encoder import activation, relative_position_bucket
+
+_FUSED_ACTIVATIONS = ("none", "gelu")
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A linear layer ``[rows, in] -> [rows, out]``, with the activation that a configuration names."""
+
+    weight: ops.PackedWeight
+    bias: Tensor
+
+    def __call__(self, x: Tensor, function: str = "none") -> Tensor:
+        if function in _FUSED_ACTIVATIONS:
+            return ops.linear(x, self.weight, self.bias, function)
+        return activation("silu" if function == "swish" else function)(ops.linear(x, self.weight, self.bias))
+
+
+@dataclass(frozen=True)
+class PackedNorm:
+    """``LayerNorm(x + residual)`` of rows; ``residual`` may be absent."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """What follows the attention of a layer."""
+
+    attention_output: PackedLinear
+    attention_norm: PackedNorm
+    intermediate: PackedLinear
+    output: PackedLinear
+    output_norm: PackedNorm
+    activation: str
+
+    def __call__(self, context: Tensor, x: Tensor) -> Tensor:
+        """From the attention's result ``[rows, H, D]`` and the layer's input to the layer's output."""
+        x = self.attention_norm(self.attention_output(context.flatten(1)), x)
+        return self.output_norm(self.output(self.intermediate(x, self.activation)), x)
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer: the fused projection to queries, keys and values, and what follows the attention."""
+
+    projection: PackedLinear
+    block: PackedBlock
+
+
+class WeightReader:
+    """Packs parts of a state dict.
+
+    Args:
+        config, state: of the checkpoint; canonical names.
+        dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``: format of the linear layers' weights.
+        device: where the parts are put.
+        eps: of the norms, by default what the configuration says.
+        purpose: who needs the weights, for the error.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: Mapping[str, Tensor],
+        dtype: str,
+        *,
+        device: torch.device | str = "cpu",
+        eps: float | None = None,
+        purpose: str = "the encoder",
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._state = state
+        self._eps = config.layer_norm_eps if eps is None else eps
+        self._purpose = purpose
+
+    def get(self, name: str) -> Tensor:
+        """A tensor in fp32.
+
+        Raises:
+            UserError: it is missing.
+        """
+        try:
+            tensor = self._state[name]
+        except KeyError:
+            raise UserError(f"the checkpoint has no {name}, which {self._purpose} needs") from None
+        return tensor.detach().to(self.device, torch.float32).contiguous()
+
+    def linear(self, *prefixes: str, unbiased: str | None = None) -> PackedLinear:
+        """Linear layers side by side as one; the bias of ``unbiased`` is taken as 0."""
+        weight = torch.cat([self.get(f"{p}.weight") for p in prefixes])
+        biases = [self.get(f"{p}.bias") for p in prefixes]
+        biases = [torch.zeros_like(b) if p == unbiased else b for p, b in zip(prefixes, biases, strict=True)]
+        return PackedLinear(ops.pack_weight(weight, self.dtype), torch.cat(biases))
+
+    def norm(self, prefix: str) -> PackedNorm:
+        """The norm ``<prefix>.LayerNorm``."""
+        return PackedNorm(self.get(f"{prefix}.LayerNorm.weight"), self.get(f"{prefix}.LayerNorm.bias"), self._eps)
+
+    def projection(self, layer: int, *names: str) -> PackedLinear:
+        """Of a layer (from 0) the projections ``query``, ``key`` and ``value``, or those named, as one."""
+        base = f"bert.encoder.layer.{layer}.attention.self"
+        # A key bias shifts a row of scores by a constant, which the softmax does not see.
+        return self.linear(*(f"{base}.{name}" for name in names or ("query", "key", "value")), unbiased=f"{base}.key")
+
+    def block(self, layer: int) -> PackedBlock:
+        """What follows the attention of a layer (from 0)."""
+        base = f"bert.encoder.layer.{layer}"
+        return PackedBlock(
+            attention_output=self.linear(f"{base}.attention.output.dense"),
+            attention_norm=self.norm(f"{base}.attention.output"),
+            intermediate=self.linear(f"{base}.intermediate.dense"),
+            output=self.linear(f"{base}.output.dense"),
+            output_norm=self.norm(f"{base}.output"),
+            activation=self.config.hidden_act,
+        )
+
+    def layer(self, layer: int) -> PackedLayer:
+        """A layer (from 0)."""
+        return PackedLayer(self.projection(layer), self.block(layer))
+
+    def relative_bias(self) -> Tensor | None:
+        """The bias of every distance, ``[heads, 2R + 1]``, from the buckets' biases; None for models without."""
+        config = self.config
+        if not config.rel_pos_bins:
+            return None
+        # From max_rel_pos on, all distances fall into the last bucket.
+        limit = config.max_rel_pos
+        distance = torch.arange(-limit, limit + 1, device=self.device)
+        bucket = relative_position_bucket(distance, config.rel_pos_bins, limit)
+        return self.get("bert.rel_pos_bias.weight")[:, bucket].contiguous()
+
+
+class PackedEmbeddings:
+    """Word, position and token-type embeddings, normalised and, if they are narrow, projected to the hidden size."""
+
+    def __init__(self, reader: WeightReader) -> None:
+        base, config = "bert.embeddings", reader.config
+        self.word = reader.get(f"{base}.word_embeddings.weight")
+        self._position = reader.get(f"{base}.position_embeddings.weight")
+        self._type = reader.get(f"{base}.token_type_embeddings.weight") if config.type_vocab_size else None
+        self._norm = reader.norm(base)
+        narrow = config.embedding_size != config.hidden_size
+        self._project = reader.linear("bert.embeddings_project") if narrow else None
+
+    def __call__(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """fp32 ``[tokens, hidden]`` of int32 ``[tokens]``; ``types`` are not read if the model has none."""
+        norm = self._norm
+        if self._type is None:
+            types = None
+        x = ops.embed_layer_norm(
+            ids, positions, types, self.word, self._position, self._type, norm.weight, norm.bias, norm.eps
+        )
+        return x if self._project is None else self._project(x)
+
+
+class PackedEncoder:
+    """Embeddings and the first layers of a checkpoint.
+
+    Args:
+        reader: of the checkpoint.
+        layers: how many, by default all.
+
+    Attributes:
+        config, dtype: as the reader's.
+        relative_bias: fp32 ``[heads, 2R + 1]`` or None.
+
+    Raises:
+        UserError: a weight is missing.
+    """
+
+    def __init__(self, reader: WeightReader, layers: int | None = None) -> None:
+        config = reader.config
+        self.config = config
+        self.dtype = reader.dtype
+        self.heads = config.num_attention_heads
+        self.embed = PackedEmbeddings(reader)
+        self.layers = [reader.layer(i) for i in range(config.num_hidden_layers if layers is None else layers)]
+        self.relative_bias = reader.relative_bias()
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """The dtype of queries, keys and values."""
+        return torch.float32 if self.dtype == "fp32" else torch.bfloat16
+
+    def hidden_states(self, ids: Tensor, positions: Tensor, layout: ops.SequenceLayout) -> Tensor:
+        """Outputs of the last layer, fp32 ``[tokens, hidden]``.
+
+        Args:
+            ids, positions: int32 ``[layout.total]``.
+            layout: where the sequences are and who sees whom; source tokens have the configuration's source type,
+                the others its target type.
+        """
+        return self.run_layers(self.embed(ids, positions, self.token_types(layout)), positions, layout)
+
+    def token_types(self, layout: ops.SequenceLayout) -> Tensor | None:
+        """The token type of each token, int32 ``[tokens]``; None for models without."""
+        config = self.config
+        if not config.type_vocab_size:
+            return None
+        return torch.where(layout.in_source(), config.source_type_id, config.target_type_id).to(torch.int32)
+
+    def run_layers(self, x: Tensor, positions: Tensor, layout: ops.SequenceLayout) -> Tensor:
+        """All layers; fp32 ``[tokens, hidden]`` to the same."""
+        for layer in self.layers:
+            x = self.run_layer(layer, x, positions, layout)[0]
+        return x
+
+    def run_layer(
+        self, layer: PackedLayer, x: Tensor, positions: Tensor, layout: ops.SequenceLayout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer's output, and its keys and values ``[tokens, H, D]``."""
+        q, k, v = layer.projection(x).to(self.attention_dtype).view(x.shape[0], 3, self.heads, -1).unbind(1)
+        bias = self.relative_bias
+        at = None if bias is None else positions
+        context, _ = ops.attention(q, k, v, layout, relative_bias=bias, position_ids=at)
+        return layer.block(context.float(), x), k, v
