@@ -93,7 +93,7 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
     from minilm_fast.data.feature_cache import digest_of
     from minilm_fast.data.glue import glue_task, read_glue
     from minilm_fast.training import understanding
-    from minilm_fast.training.classification import ClassificationOptions, ClassificationTask
+    from minilm_fast.training.classification import ClassificationTask, options_of
     from minilm_fast.training.loading import make_classifier
 
     torch.manual_seed(args.seed)
@@ -113,20 +113,19 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
     dev = {}
     if args.do_eval or args.evaluate_during_training:
         dev = {name: features(path) for name, path in _files(args, task, args.dev_file, task.dev).items()}
-    options = ClassificationOptions(
-        per_gpu_train_batch_size=args.per_gpu_train_batch_size,
-        per_gpu_eval_batch_size=args.per_gpu_eval_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        seed=args.seed,
-        metrics=task.metrics,
-        regression=task.regression,
-        save_format=args.save_format,
-        pad_to_multiple_of=64 if args.bf16 or args.fp16 else 1,
-    )
     identity = understanding.identity(args, task_name=args.task_name, **known)
     submissions = _submissions(args, task, labels, tokenizer) if args.do_predict else []
     model.bert.gradient_checkpointing = args.gradient_checkpointing
-    trained = ClassificationTask(model, tokenizer, train, dev, options, world, identity, submissions=submissions)
+    trained = ClassificationTask(
+        model,
+        tokenizer,
+        train,
+        dev,
+        options_of(args, task.metrics, regression=task.regression),
+        world,
+        identity,
+        submissions=submissions,
+    )
     first = next(iter(dev)) if len(dev) > 1 else ""
     metric = "_".join(part for part in ("dev", first, task.metrics[0]) if part)
     return understanding.make_trainer(args, trained, len(train), metric, world, trained.measure_names())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,21 +45,6 @@ def _train_language(args: argparse.Namespace) -> str:
     return "en"
 
 
-def _train_examples(args: argparse.Namespace, labels: Sequence[str]) -> tuple[Path, list[TextExample]]:
-    from minilm_fast.data.xnli import find_split, read_xnli
-
-    if args.train_file is not None:
-        return args.train_file, read_xnli(args.train_file, labels=labels)
-    language = _train_language(args)
-    found = find_split(args.data_dir, "train", language)
-    if found is None:
-        raise UserError(
-            f"--data_dir {args.data_dir}: no training data in {language!r}: neither train-{language}.tsv nor "
-            f"XNLI-MT-1.0/multinli/multinli.train.{language}.tsv"
-        )
-    return found[0], read_xnli(found[0], labels=labels)
-
-
 def table(measures: Mapping[str, float], languages: Sequence[str]) -> str:
     """Accuracies in percent as in MiniLM's table: the average over the languages, then each.
 
@@ -74,6 +60,49 @@ def table(measures: Mapping[str, float], languages: Sequence[str]) -> str:
     return "\n".join(f"| {row} |" for row in rows) + "\n"
 
 
+@dataclass(frozen=True)
+class Data:
+    """Everything that is read.
+
+    Attributes:
+        train: empty without ``--do_train``.
+        dev, test: by language.
+        known: what the training set is known by.
+    """
+
+    train: ClassificationFeatures
+    dev: dict[str, ClassificationFeatures]
+    test: dict[str, ClassificationFeatures]
+    known: dict[str, str]
+
+
+def _read(
+    args: argparse.Namespace, labels: Sequence[str], features: Callable[[Sequence[TextExample]], ClassificationFeatures]
+) -> Data:
+    from minilm_fast.data.feature_cache import digest_of
+    from minilm_fast.data.xnli import find_train, parse_languages, read_split, read_xnli
+
+    languages = parse_languages(args.language)
+
+    def split(name: str, *, required: bool) -> dict[str, ClassificationFeatures]:
+        found = read_split(args.data_dir, name, languages, labels)
+        missing = [language for language in languages if language not in found]
+        if missing and required:
+            raise UserError(f"--data_dir {args.data_dir}: neither {name}-{missing[0]}.tsv nor XNLI-1.0/xnli.{name}.tsv")
+        logger.info("%s: %d examples in %d languages", name, sum(map(len, found.values())), len(found))
+        return {language: features(examples) for language, examples in found.items()}
+
+    train, known = features([]), {}
+    if args.do_train:
+        path = args.train_file or find_train(args.data_dir, _train_language(args))
+        train, known = features(read_xnli(path, labels)), {"train_file": digest_of(path)}
+        logger.info("train: %d examples in %s", len(train), path)
+    choosing = args.evaluate_during_training or args.eval_all_checkpoints
+    dev = split("dev", required=choosing) if choosing or args.do_eval else {}
+    test = split("test", required=True) if args.do_eval or args.do_predict else {}
+    return Data(train, dev, test, known)
+
+
 def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
     """Everything that training and measuring need, read and checked.
 
@@ -82,78 +111,48 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
     """
     import torch
 
-    from minilm_fast.atomic import atomic_write
     from minilm_fast.data.classification import make_classification_features
-    from minilm_fast.data.feature_cache import digest_of
-    from minilm_fast.data.xnli import LABELS, find_split, parse_languages, read_xnli
+    from minilm_fast.data.xnli import LABELS
     from minilm_fast.training import understanding
-    from minilm_fast.training.classification import ClassificationOptions, ClassificationTask, Submission
+    from minilm_fast.training.classification import ClassificationTask, Submission, options_of
     from minilm_fast.training.loading import make_classifier
 
     torch.manual_seed(args.seed)
-    languages = parse_languages(args.language)
     loaded, tokenizer = understanding.start(args)
     model, labels = make_classifier(loaded, LABELS, LABELS, fresh_head=args.do_train)
-    kind = args.model_type or loaded.config.model_type
+    model.bert.gradient_checkpointing = args.gradient_checkpointing
+    # As in the original, the second text has another token type with --model_type bert only.
+    typed = (args.model_type or loaded.config.model_type) == "bert"
 
     def features(examples: Sequence[TextExample]) -> ClassificationFeatures:
-        return make_classification_features(examples, tokenizer, args.max_seq_length, token_types=kind == "bert")
+        return make_classification_features(examples, tokenizer, args.max_seq_length, token_types=typed)
 
-    def split(name: str, *, required: bool) -> dict[str, ClassificationFeatures]:
-        sets = {}
-        for language in languages:
-            found = find_split(args.data_dir, name, language)
-            if found is not None:
-                sets[language] = features(read_xnli(found[0], language if found[1] else None, labels))
-            elif required:
-                raise UserError(
-                    f"--data_dir {args.data_dir}: neither {name}-{language}.tsv nor XNLI-1.0/xnli.{name}.tsv"
-                )
-        logger.info("%s: %d examples in %d languages", name, sum(map(len, sets.values())), len(sets))
-        return sets
-
-    train, known = features([]), {}
-    if args.do_train:
-        path, examples = _train_examples(args, labels)
-        train, known = features(examples), {"train_file": digest_of(path)}
-        logger.info("train: %d examples in %s", len(train), path)
-    choosing = args.evaluate_during_training or args.eval_all_checkpoints
-    dev = split("dev", required=choosing) if choosing or args.do_eval else {}
-    test = split("test", required=True) if args.do_eval or args.do_predict else {}
-
-    def show(measures: Mapping[str, float], folder: Path) -> None:
-        text = table(measures, languages)
-        with atomic_write(folder / TABLE) as file:
-            file.write(text.encode())
-        print(text, end="", flush=True)
-
-    options = ClassificationOptions(
-        per_gpu_train_batch_size=args.per_gpu_train_batch_size,
-        per_gpu_eval_batch_size=args.per_gpu_eval_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        seed=args.seed,
-        save_format=args.save_format,
-        pad_to_multiple_of=64 if args.bf16 or args.fp16 else 1,
-    )
-    numbers = {language: [str(number) for number in range(len(found))] for language, found in test.items()}
+    data = _read(args, labels, features)
     submissions = [
-        Submission(f"predictions-{language}", numbers[language], found, lambda number: labels[int(number)])
-        for language, found in test.items()
+        Submission(f"predictions-{language}", range(len(found)), found, lambda number: labels[int(number)])
+        for language, found in data.test.items()
     ]
-    model.bert.gradient_checkpointing = args.gradient_checkpointing
     task = ClassificationTask(
         model,
         tokenizer,
-        train,
-        dev,
-        options,
+        data.train,
+        data.dev,
+        options_of(args),
         world,
-        understanding.identity(args, **known),
-        test=test,
+        understanding.identity(args, **data.known),
+        test=data.test,
         submissions=submissions,
-        on_report=show,
+        on_report=lambda measures, folder: _write_table(table(measures, list(data.test)), folder),
     )
-    return understanding.make_trainer(args, task, len(train), "dev_accuracy", world, task.measure_names())
+    return understanding.make_trainer(args, task, len(data.train), "dev_accuracy", world, task.measure_names())
+
+
+def _write_table(text: str, folder: Path) -> None:
+    from minilm_fast.atomic import atomic_write
+
+    with atomic_write(folder / TABLE) as file:
+        file.write(text.encode())
+    print(text, end="", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

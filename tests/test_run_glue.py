@@ -14,8 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import Outcome, Runner
-from understanding_files import MODEL, RUN, WORDS, arguments, results, sentences, write_table, write_vocabulary
+from command import Runner
+from understanding_files import (
+    MODEL,
+    RUN,
+    WORDS,
+    arguments,
+    error_line,
+    results,
+    sentences,
+    write_table,
+    write_vocabulary,
+)
 
 from minilm_fast import checkpoint, run_glue
 from minilm_fast.data.glue import GLUE_TASKS, read_glue, read_glue_test
@@ -185,7 +195,7 @@ def test_resume(trained: Path, tmp_path: Path, run: Runner) -> None:
         assert torch.equal(tensor, {**two.state, **two.extra_state}[name]), name
     assert results(tmp_path / "out") == results(trained / "out")
     other = run(main, *arguments(trained, task_name="rte", **(RUN | flags | {"warmup_steps": 3})))
-    assert "of another run (--num_warmup_steps 0 there, 3 here)" in _error(other)
+    assert "of another run (--num_warmup_steps 0 there, 3 here)" in error_line(other)
 
 
 def test_two_processes(trained: Path, tmp_path: Path) -> None:
@@ -309,15 +319,7 @@ def test_wrong_input_is_one_line(name: str, tmp_path: Path, run: Runner) -> None
     write_task(tmp_path / "data", "rte", train=20, dev=20)
     flags = {"task_name": "rte", "do_train": True, "do_eval": True, "max_steps": 2, "save_steps": 1}
     outcome = run(main, *arguments(tmp_path, **(RUN | flags | breaking(tmp_path))))
-    assert message in _error(outcome)
-
-
-def _error(outcome: Outcome) -> str:
-    """The last line; before it come the log's lines, which begin with a time."""
-    assert outcome.status == 2, outcome
-    lines = [line for line in outcome.err.splitlines() if not line[:2].isdigit()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
-    return lines[0]
+    assert message in error_line(outcome)
 
 
 def test_odd_lines_are_passed_over(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command import Outcome
 
 MODEL = Path(__file__).parent / "goldens" / "distillation" / "teacher"
 WORDS = [f"w{i}" for i in range(92)]
@@ -67,3 +68,11 @@ def arguments(folder: Path, **flags: object) -> list[str]:
 def results(folder: Path) -> Any:
     """What ``eval_results.json`` says."""
     return json.loads((folder / "eval_results.json").read_text())
+
+
+def error_line(outcome: Outcome) -> str:
+    """The last line; before it come the log's lines, which begin with a time."""
+    assert outcome.status == 2, outcome
+    lines = [line for line in outcome.err.splitlines() if not line[:2].isdigit()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
+    return lines[0]

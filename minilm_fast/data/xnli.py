@@ -40,47 +40,70 @@ def parse_languages(text: str) -> tuple[str, ...]:
     return tuple(language for language in LANGUAGES if language in wanted)
 
 
-def find_split(folder: Path, split: str, language: str) -> tuple[Path, bool] | None:
-    """The file of a split.
+def find_train(folder: Path, language: str) -> Path:
+    """The training data in a language.
 
-    Args:
-        split: ``"train"``, ``"dev"`` or ``"test"``.
-
-    Returns:
-        the file, and whether other languages are in it too; None if there is none.
+    Raises:
+        UserError: there is none.
     """
-    own = f"{split}-{language}.tsv"
-    if split == "train":
-        translated = f"multinli.train.{language}.tsv"
-        names = [(own, False), (f"XNLI-MT-1.0/multinli/{translated}", False), (f"multinli/{translated}", False)]
-        names.append((translated, False))
-    else:
-        names = [(own, False), (f"XNLI-1.0/xnli.{split}.tsv", True), (f"xnli.{split}.tsv", True)]
-    for name, shared in names:
-        for suffix in _SUFFIXES:
-            if (folder / (name + suffix)).is_file():
-                return folder / (name + suffix), shared
-    return None
+    translated = f"multinli.train.{language}.tsv"
+    names = (f"train-{language}.tsv", f"XNLI-MT-1.0/multinli/{translated}", f"multinli/{translated}", translated)
+    found = _find(folder, *names)
+    if found is None:
+        raise UserError(f"{folder}: no training data in {language!r}: neither {names[0]} nor {names[1]}")
+    return found
 
 
-def read_xnli(path: str | Path, language: str | None = None, labels: Sequence[str] = LABELS) -> list[TextExample]:
-    """The examples of a file.
+def read_xnli(path: str | Path, labels: Sequence[str] = LABELS) -> list[TextExample]:
+    """The examples of a file that holds one language.
 
     Args:
-        language: take those of this language only, by the file's column ``language``.
         labels: in the order of their numbers.
 
     Raises:
         UserError: the file cannot be read, lacks a column, has another label, or no example.
     """
-    found = []
-    if language is None:
-        rows = _PAIRS.rows(path)
-    else:
-        rows = ((where, fields[1:]) for where, fields in _ALL_LANGUAGES.rows(path) if fields[0] == language)
-    for where, (first, second, label) in rows:
-        number = label_number(_SPELLINGS.get(label, label), labels, where)
-        found.append(TextExample((first, second), number))
+    found = [_example(fields, labels, where) for where, fields in _PAIRS.rows(path)]
     if not found:
-        raise UserError(f"{path} holds no examples" + (f" in the language {language!r}" if language else ""))
+        raise UserError(f"{path} holds no examples")
     return found
+
+
+def read_split(
+    folder: Path, split: str, languages: Sequence[str], labels: Sequence[str] = LABELS
+) -> dict[str, list[TextExample]]:
+    """The examples of a split by language; a language of which there is no file is left out.
+
+    Args:
+        split: ``"dev"`` or ``"test"``.
+        labels: in the order of their numbers.
+
+    Raises:
+        UserError: as for :func:`read_xnli`; or a file with all languages lacks one.
+    """
+    own = {language: _find(folder, f"{split}-{language}.tsv") for language in languages}
+    found = {language: read_xnli(path, labels) for language, path in own.items() if path is not None}
+    others = [language for language in languages if language not in found]
+    path = _find(folder, f"XNLI-1.0/xnli.{split}.tsv", f"xnli.{split}.tsv")
+    if others and path is not None:
+        shared: dict[str, list[TextExample]] = {language: [] for language in others}
+        for where, (language, *fields) in _ALL_LANGUAGES.rows(path):
+            if language not in LANGUAGES:
+                raise UserError(f"{where}: language {language!r} is not one of XNLI's")
+            if language in shared:
+                shared[language].append(_example(fields, labels, where))
+        for language, examples in shared.items():
+            if not examples:
+                raise UserError(f"{path} holds no examples in {language!r}")
+        found |= shared
+    return {language: found[language] for language in languages if language in found}
+
+
+def _find(folder: Path, *names: str) -> Path | None:
+    paths = (folder / (name + suffix) for name in names for suffix in _SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _example(fields: list[str], labels: Sequence[str], where: str) -> TextExample:
+    first, second, label = fields
+    return TextExample((first, second), label_number(_SPELLINGS.get(label, label), labels, where))

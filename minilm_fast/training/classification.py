@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,22 @@ class ClassificationOptions:
     pad_to_multiple_of: int = 1
 
 
+def options_of(
+    args: argparse.Namespace, metrics: tuple[str, ...] = ("accuracy",), *, regression: bool = False
+) -> ClassificationOptions:
+    """The options that the flags of :func:`minilm_fast.training.flags.add_understanding_flags` say."""
+    return ClassificationOptions(
+        per_gpu_train_batch_size=args.per_gpu_train_batch_size,
+        per_gpu_eval_batch_size=args.per_gpu_eval_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        seed=args.seed,
+        metrics=metrics,
+        regression=regression,
+        save_format=args.save_format,
+        pad_to_multiple_of=64 if args.bf16 or args.fp16 else 1,
+    )
+
+
 @dataclass(frozen=True)
 class Submission:
     """Predictions that are to be written.
@@ -60,7 +77,7 @@ class Submission:
     """
 
     name: str
-    numbers: Sequence[str]
+    numbers: Sequence[object]
     features: ClassificationFeatures
     show: Callable[[float], str]
 
