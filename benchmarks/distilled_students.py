@@ -13,15 +13,14 @@ elsewhere, NAME being v1 or v2 and the size, such as v2-l3-h384.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import machine
 from report import table
+from runs import Results, mean_and_spread, settings_of, split_file
 
 TASKS = {"rte": ("RTE", "accuracy"), "mrpc": ("MRPC", "f1"), "sst-2": ("SST-2", "accuracy")}
 SIZES = {"l3-h384": (3, 384), "l3-h192": (3, 192)}
@@ -55,30 +54,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int)
     add("--limit-seconds", type=float, help="begin nothing new after so many seconds")
     return parser.parse_args(argv)
-
-
-class Results:
-    """What has been measured, kept in a file."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.values: dict[str, Any] = {"settings": settings, "machine": machine.describe(), "runs": {}}
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["settings"] != settings:
-                different = [name for name in settings if found["settings"].get(name) != settings[name]]
-                sys.exit(f"error: {path} is of another run (different: {', '.join(different)})")
-            self.values = found
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.values["runs"]
-
-    def add(self, name: str, value: dict[str, Any]) -> None:
-        """Keep a result."""
-        self.values["runs"][name] = value
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
 
 
 def distil(options: argparse.Namespace, preset: str, size: str) -> Path:
@@ -149,10 +124,7 @@ def fine_tune(options: argparse.Namespace, start: str, size: str, task: str, see
     tokenizer = Tokenizer.from_pretrained(str(resolved.tokenizer))
     splits = []
     for split, count in (("train", options.train_examples), ("dev", options.dev_examples)):
-        file = next(iter(sorted((options.glue / TASKS[task][0]).glob(f"{split}.tsv*"))), None)
-        if file is None:
-            sys.exit(f"error: {options.glue / TASKS[task][0]} has no {split}.tsv")
-        examples = read_glue(file, task)
+        examples = read_glue(split_file(options.glue / TASKS[task][0], split), task)
         # The same examples for every seed and start; seeds differ in classifier, order and dropout.
         chosen = np.random.RandomState(0).permutation(len(examples))[:count]
         splits.append(make_classification_features([examples[i] for i in chosen], tokenizer, options.max_seq_length))
@@ -202,16 +174,11 @@ def work(options: argparse.Namespace, results: Results, width: int) -> bool:
         width: of the teacher.
     """
     folders = {name: Path(folder) for name, folder in (text.split("=", 1) for text in options.distilled)}
-    begin = time.monotonic()
-
-    def late() -> bool:
-        return options.limit_seconds is not None and time.monotonic() - begin > options.limit_seconds
-
     for size in options.sizes:
         for preset in options.presets:
             name = f"{preset}-{size}"
             if name not in folders:
-                if late():
+                if results.late():
                     return False
                 folders[name] = distil(options, preset, size)
     for seed in range(options.seeds):
@@ -221,10 +188,10 @@ def work(options: argparse.Namespace, results: Results, width: int) -> bool:
                     name = f"{size} {start} {task} {seed}"
                     if name in results:
                         continue
-                    if late():
+                    if results.late():
                         return False
                     results.add(name, fine_tune(options, start, size, task, seed, folders))
-                    print(name, f"{results.values['runs'][name]['score']:.3f}", file=sys.stderr, flush=True)
+                    print(name, f"{results.runs[name]['score']:.3f}", file=sys.stderr, flush=True)
     return True
 
 
@@ -235,11 +202,8 @@ def text(options: argparse.Namespace, results: Results, width: int) -> str:
         for start in starts_of(options, size, width):
             cells = []
             for task in options.tasks:
-                runs = results.values["runs"]
                 names = (f"{size} {start} {task} {seed}" for seed in range(options.seeds))
-                scores = [100 * runs[name]["score"] for name in names if name in runs]
-                spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-                cells.append(f"{statistics.mean(scores):.1f}{spread} ({len(scores)})" if scores else "-")
+                cells.append(mean_and_spread([results.runs[name]["score"] for name in names if name in results]))
             if any(cell != "-" for cell in cells):
                 rows.append([f"{size} {start}", *cells])
     header = [f"{TASKS[task][0]} {TASKS[task][1]}" for task in options.tasks]
@@ -259,8 +223,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
     free = ("output", "limit_seconds", "threads", "seeds", "sizes", "presets", "tasks")
-    settings = {name: value for name, value in vars(options).items() if name not in free}
-    results = Results(options.output / "results.json", json.loads(json.dumps(settings, default=str)))
+    results = Results(options.output / "results.json", settings_of(options, free), options.limit_seconds)
     width = checkpoint.load(options.teacher).config.hidden_size
     done = work(options, results, width)
     print(text(options, results, width))
