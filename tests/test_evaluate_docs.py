@@ -1,4 +1,4 @@
-"""The commands and the Python of the pages on evaluation."""
+"""The commands and the Python of the pages on tasks and their evaluation."""
 
 import json
 import re
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from minilm_fast import decode, distill, evaluate, run_seq2seq
+from minilm_fast import decode, distill, evaluate, run_glue, run_seq2seq, run_xnli
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("README.md", "docs/evaluation.md", "docs/reproducing.md")
+NAMES = ("README.md", "docs/evaluation.md", "docs/reproducing.md", "docs/understanding.md")
 PAGES = {name: (ROOT / name).read_text(encoding="utf8") for name in NAMES}
-PROGRAMS = (decode, distill, evaluate, run_seq2seq)
+PROGRAMS = (decode, distill, evaluate, run_glue, run_seq2seq, run_xnli)
 PARSERS = {program.__name__.split(".")[-1]: program.build_parser for program in PROGRAMS}
 COMMAND = re.compile(r"^    (?:torchrun --\S+|python) -m minilm_fast\.(\w+) ((?:.*\\\n)*.*)$", re.MULTILINE)
 
