@@ -30,6 +30,7 @@ COMMANDS = {
     "distill": ("minilm_fast.distill", "distil a smaller model from a teacher: MiniLM v1 and v2"),
     "export-onnx": ("minilm_fast.export_onnx", "write an encoder with its head as an ONNX file"),
     "glue": ("minilm_fast.run_glue", "fine-tune and measure on a GLUE task"),
+    "squad": ("minilm_fast.run_squad", "fine-tune and measure on SQuAD, MLQA or XQuAD: answers out of a text"),
     "xnli": ("minilm_fast.run_xnli", "fine-tune on XNLI in one language, measure in up to 15"),
     "train": ("minilm_fast.run_seq2seq", "fine-tune an encoder as a sequence-to-sequence model"),
 }

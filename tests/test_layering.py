@@ -34,6 +34,7 @@ LAYERS = [
         "gen_seq_from_trace",
         "run_glue",
         "run_seq2seq",
+        "run_squad",
         "run_xnli",
     },
 ]

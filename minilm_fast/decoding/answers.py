@@ -1,7 +1,7 @@
 """The best answers of each question, from the scores of start and end in its windows.
 
-As ``run_squad`` of transformers chooses them (BERT, arXiv 1810.04805, sections 4.2 and 4.3), but that a text is an exact
-part of the context.
+As ``run_squad`` of transformers chooses them (BERT, arXiv 1810.04805, sections 4.2 and 4.3), but that a text is an
+exact part of the context.
 """
 
 from __future__ import annotations
@@ -85,7 +85,11 @@ def choose_answers(
         logits: for each window fp32 ``[tokens, 2]``, scores of start and end.
     """
     pairs = groupby(zip(windows, logits, strict=True), key=lambda pair: pair[0].question)
-    return {number: choose_answer(*map(list, zip(*group, strict=True)), options) for number, group in pairs}
+    predictions = {}
+    for number, group in pairs:
+        own, scores = zip(*group, strict=True)
+        predictions[number] = choose_answer(own, scores, options)
+    return predictions
 
 
 def choose_answer(windows: Sequence[Window], logits: Sequence[np.ndarray], options: AnswerOptions) -> Prediction:
@@ -134,7 +138,7 @@ def max_context(windows: Sequence[Window]) -> list[np.ndarray]:
 
 
 def _candidates(window: Window, scores: np.ndarray, best: np.ndarray, options: AnswerOptions) -> list[Candidate]:
-    """The answers that the best starts and ends of one window give; the tokens of the question take part in the choice."""
+    """The answers that the best starts and ends of one window give; among these may be tokens of the question."""
     first = len(window.prefix)
     starts, ends = (_highest(column, options.n_best_size) - first for column in scores.T)
     starts = starts[(starts >= 0) & (starts < window.length)]

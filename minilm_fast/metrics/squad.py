@@ -110,8 +110,10 @@ def squad_v2_scores(
     na_probs: Mapping[str, float] | None = None,
     na_prob_thresh: float = 1.0,
 ) -> dict[str, float]:
-    """What SQuAD 2.0's script gives: ``exact``, ``f1`` and ``total``, also of the questions with (``HasAns_``) and without
-    (``NoAns_``) an answer; with ``na_probs`` also the best scores that a threshold can reach, and this threshold.
+    """What SQuAD 2.0's script gives.
+
+    ``exact``, ``f1`` and ``total``, also of the questions with (``HasAns_``) and without (``NoAns_``) an answer; with
+    ``na_probs`` also the best scores that a threshold can reach, and this threshold.
 
     Args:
         answers: id -> the texts of all answers, none for a question that cannot be answered.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,12 +45,12 @@ class QuestionAnsweringBatch:
         types = [window.token_type_ids() for window in windows]
         rows = sum(map(len, sequences))
         if rows % multiple:
-            idle = [0] * (-rows % multiple)
+            idle = np.zeros(-rows % multiple, dtype=np.int32)
             sequences.append(idle)
             types.append(idle)
         return cls(
             tokens=TokenBatch.from_sequences(sequences),
-            token_type_ids=torch.tensor([kind for each in types for kind in each], dtype=torch.int32),
+            token_type_ids=torch.from_numpy(np.concatenate(types)),
             spans=torch.tensor([window.span for window in windows]),
             rows=rows,
         )

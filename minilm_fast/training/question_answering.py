@@ -1,0 +1,298 @@
+"""Fine-tuning a model that extracts answers, and measuring it with the official scores."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minilm_fast import checkpoint
+from minilm_fast.atomic import atomic_write
+from minilm_fast.data.answer_windows import Window
+from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers
+from minilm_fast.decoding.answers import AnswerOptions, Prediction, choose_answers
+from minilm_fast.errors import UserError
+from minilm_fast.metrics.squad import squad_scores, squad_v2_scores
+from minilm_fast.modeling.question_answering import QuestionAnswerer, QuestionAnsweringBatch, span_losses
+from minilm_fast.tokenization import Tokenizer
+from minilm_fast.training.distributed import World
+from minilm_fast.training.flops import encoder_flops
+from minilm_fast.training.precision import Precision
+from minilm_fast.training.task import StepData
+
+
+@dataclass(frozen=True)
+class QuestionAnsweringOptions:
+    """Settings of the data; the names are those of the command line's flags.
+
+    Args:
+        answers: how answers are chosen.
+        eval_all_checkpoints: write the predictions of every checkpoint that is measured.
+    """
+
+    per_gpu_train_batch_size: int = 8
+    per_gpu_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    seed: int = 42
+    save_format: str = "safetensors"
+    pad_to_multiple_of: int = 1
+    answers: AnswerOptions = field(default_factory=AnswerOptions)
+    eval_all_checkpoints: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class QuestionSet:
+    """The questions of a file.
+
+    Attributes:
+        name: for people; tells the sets of a run apart.
+        ids: of the questions, in the order of their numbers.
+        answers: id -> the texts of its answers.
+        windows: of all questions, in order.
+        language: whose rules of MLQA the score follows; None: SQuAD's.
+    """
+
+    name: str
+    ids: Sequence[str]
+    answers: Mapping[str, Sequence[str]]
+    windows: Sequence[Window]
+    language: str | None = None
+
+
+class QuestionAnsweringModule(nn.Module):
+    """The loss of a batch: the mean over its windows, or their sum over ``normalizer``."""
+
+    def __init__(self, model: QuestionAnswerer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: QuestionAnsweringBatch, normalizer: float | None = None) -> Tensor:
+        """fp32 scalar."""
+        losses = span_losses(self.model.span_logits(batch), batch)
+        return losses.sum() / (len(losses) if normalizer is None else normalizer)
+
+
+class QuestionAnsweringTask:
+    """Trains on windows.
+
+    Args:
+        windows: of the training set; may be empty if nothing is trained.
+        dev: measured at checkpoints; of several sets the average decides.
+        identity: what the run is known by beside ``options``: plain values by the name of their flag.
+        test: sets that are measured once, at the end, and whose predictions are written.
+        on_report: called in the first process with what :meth:`report` found for each set, and the output folder.
+    """
+
+    find_unused_parameters = False
+
+    def __init__(
+        self,
+        model: QuestionAnswerer,
+        tokenizer: Tokenizer,
+        windows: Sequence[Window],
+        dev: Sequence[QuestionSet],
+        options: QuestionAnsweringOptions,
+        world: World,
+        identity: Mapping[str, Any] | None = None,
+        *,
+        test: Sequence[QuestionSet] = (),
+        on_report: Callable[[Mapping[str, Mapping[str, float]], Path], None] | None = None,
+    ) -> None:
+        self.module = QuestionAnsweringModule(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.windows = windows
+        self.dev = dev
+        self.options = options
+        self.world = world
+        self.identity = dict(identity or {})
+        self.test = test
+        self.on_report = on_report
+        # Predictions of the weights as they are.
+        self._known: dict[QuestionSet, dict[str, Prediction]] = {}
+        if len(windows):
+            lengths = [len(window) for window in windows]
+            self.order = LengthGroupedBatches(lengths, options.per_gpu_train_batch_size, options.seed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See :class:`minilm_fast.training.task.Task`."""
+        options = self.options
+        return {
+            "per_gpu_train_batch_size": options.per_gpu_train_batch_size,
+            "gradient_accumulation_steps x processes": self.world.size * options.gradient_accumulation_steps,
+            **self.identity,
+        }
+
+    def step_data(self, step: int) -> StepData:
+        """See :class:`minilm_fast.training.task.Task`."""
+        self._known.clear()
+        count, size = self.options.gradient_accumulation_steps, self.world.size
+        chosen = [[self.windows[i] for i in self.order[number]] for number in batch_numbers(step, count * size)]
+        lengths = np.array([len(window) for windows in chosen for window in windows])
+        config = self.model.config
+        forward = encoder_flops(config, int(lengths.sum()), int((lengths**2).sum()), config.num_hidden_layers)
+        return StepData(
+            batches=[self._collate(windows) for windows in chosen[self.world.rank :: size]],
+            normalizer=None,
+            tokens=int(lengths.sum()),
+            flops=3 * forward,
+            state=self.data_state(),
+        )
+
+    def _collate(self, windows: Sequence[Window]) -> QuestionAnsweringBatch:
+        return QuestionAnsweringBatch.collate(windows, self.options.pad_to_multiple_of)
+
+    def data_state(self) -> dict[str, Any]:
+        """See :class:`minilm_fast.training.task.Task`; the number of a step says all."""
+        return {}
+
+    def load_data_state(self, state: Mapping[str, Any]) -> None:
+        """See :class:`minilm_fast.training.task.Task`."""
+
+    @torch.no_grad()
+    def logits(self, windows: Sequence[Window], world: World, precision: Precision) -> list[np.ndarray]:
+        """Scores of start and end for each window, fp32 ``[tokens, 2]``; each process computes a share and all get all.
+
+        Call it in evaluation mode.
+        """
+        own = range(world.rank, len(windows), world.size)
+        # Long ones first, so that what does not fit into memory is found at once.
+        order = sorted(own, key=lambda index: -len(windows[index]))
+        found: dict[int, np.ndarray] = {}
+        for chosen in _pieces(order, self.options.per_gpu_eval_batch_size):
+            batch = self._collate([windows[index] for index in chosen]).to(world.device)
+            with precision.autocast():
+                scores = self.model.span_logits(batch).float().cpu().numpy()
+            bounds = np.cumsum([len(windows[index]) for index in chosen])[:-1]
+            found |= zip(chosen, np.split(scores, bounds), strict=True)
+        for share in world.gather(found):
+            found |= share
+        return [found[index] for index in range(len(windows))]
+
+    def predictions(self, questions: QuestionSet, world: World, precision: Precision) -> dict[str, Prediction]:
+        """Question id -> prediction of the model as it is."""
+        if questions not in self._known:
+            logits = self.logits(questions.windows, world, precision)
+            chosen = choose_answers(questions.windows, logits, self.options.answers)
+            self._known[questions] = {questions.ids[number]: found for number, found in chosen.items()}
+        return self._known[questions]
+
+    def scores(self, questions: QuestionSet, world: World, precision: Precision) -> dict[str, float]:
+        """The official scores of the model as it is, under the names of the official script, in percent."""
+        predictions = self.predictions(questions, world, precision)
+        texts = {name: found.text for name, found in predictions.items()}
+        if not self.options.answers.version_2_with_negative:
+            return squad_scores(questions.answers, texts, questions.language)
+        odds = {name: found.null_odds for name, found in predictions.items()}
+        # The texts follow the threshold already.
+        return squad_v2_scores(questions.answers, texts, odds, na_prob_thresh=np.inf)
+
+    def measure_names(self) -> list[str]:
+        """The names of the measures that can decide which checkpoint is best."""
+        exact = "exact" if self.options.answers.version_2_with_negative else "exact_match"
+        names = [exact, "f1"] + (["best_exact", "best_f1"] if exact == "exact" else [])
+        return [f"dev_{name}" for name in names]
+
+    def evaluate(self, world: World, precision: Precision, weights: Path) -> dict[str, float]:
+        """The official scores of the dev set as ``dev_NAME``; of several the average, and ``dev_SET_NAME`` of each.
+
+        Where all checkpoints are to be measured, the predictions of each are written beside it.
+        """
+        found = {questions.name: self.scores(questions, world, precision) for questions in self.dev}
+        step = re.fullmatch(r"ckpt-(\d+)", weights.name)
+        if self.options.eval_all_checkpoints and step:
+            self._write(self.dev, world, precision, weights.parent, step[1])
+        if not found:
+            return {}
+        measures = {f"dev_{name}": value for name, value in average(found).items()}
+        if len(found) > 1:
+            measures |= {f"dev_{key}_{name}": value for key, each in found.items() for name, value in each.items()}
+        return measures
+
+    def report(self, world: World, precision: Precision, output_dir: Path) -> dict[str, float]:
+        """The official scores of the test set, named as the official script does; of several sets see :meth:`evaluate`.
+
+        Writes the predictions of each set.
+        """
+        found = {questions.name: self.scores(questions, world, precision) for questions in self.test}
+        self.predict_files(world, precision, output_dir)
+        if self.on_report is not None:
+            show = self.on_report
+            world.on_main(lambda: show(found, output_dir))
+        if len(found) == 1:
+            return next(iter(found.values()))
+        measures = {f"{key}_{name}": value for key, each in found.items() for name, value in each.items()}
+        return {f"average_{name}": value for name, value in average(found).items()} | measures
+
+    def predict_files(self, world: World, precision: Precision, output_dir: Path) -> list[Path]:
+        """``predictions_.json``, ``nbest_predictions_.json`` and, with negatives, ``null_odds_.json``.
+
+        Of several sets ``predictions_SET.json`` and so on.
+        """
+        return self._write(self.test, world, precision, output_dir, "")
+
+    def _write(
+        self, sets: Sequence[QuestionSet], world: World, precision: Precision, folder: Path, step: str
+    ) -> list[Path]:
+        files: dict[Path, dict[str, Any]] = {}
+        for questions in sets:
+            suffix = "_".join([questions.name] * (len(sets) > 1) + [step] * bool(step))
+            found = self.predictions(questions, world, precision)
+            files[folder / f"predictions_{suffix}.json"] = {name: each.text for name, each in found.items()}
+            files[folder / f"nbest_predictions_{suffix}.json"] = {name: each.nbest() for name, each in found.items()}
+            if self.options.answers.version_2_with_negative:
+                files[folder / f"null_odds_{suffix}.json"] = {name: each.null_odds for name, each in found.items()}
+
+        def write() -> None:
+            for path, content in files.items():
+                with atomic_write(path) as file:
+                    file.write((json.dumps(content, indent=4) + "\n").encode())
+
+        world.on_main(write)
+        return list(files)
+
+    def save_weights(self, folder: Path) -> None:
+        """See :class:`minilm_fast.training.task.Task`; ``AutoModelForQuestionAnswering`` loads it."""
+        self.model.save_pretrained(folder, self.tokenizer, weight_format=self.options.save_format)
+
+    def load_weights(self, folder: Path) -> None:
+        """See :class:`minilm_fast.training.task.Task`."""
+        self._known.clear()
+        loaded = checkpoint.load(folder, for_training=True)
+        state = {**loaded.state, **loaded.extra_state}
+        own = self.model.state_dict()
+        wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
+        if wrong:
+            raise UserError(f"{folder}: {wrong[0]} of shape {list(own[wrong[0]].shape)} is missing")
+        self.model.load_state_dict({name: state[name] for name in own})
+
+
+def average(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each score over sets that all have it."""
+    names = set.intersection(*(set(scores) for scores in found.values()))
+    first = next(iter(found.values()))
+    return {name: float(np.mean([scores[name] for scores in found.values()])) for name in first if name in names}
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """F1 and exact match of sets as in MiniLM's table of MLQA: the average, then each."""
+    exact = "exact" if all("exact" in scores for scores in found.values()) else "exact_match"
+    rows = [["", "Average", *found]]
+    for title, name in (("F1", "f1"), ("EM", exact)):
+        values = [scores[name] for scores in found.values()]
+        rows.append([title, *(f"{value:.1f}" for value in (sum(values) / len(values), *values))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]]) + "\n"
+
+
+def _pieces(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (order[start : start + size] for start in range(0, len(order), size))
