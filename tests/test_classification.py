@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -14,13 +15,16 @@ import pytest
 import torch
 
 from minilm_fast import checkpoint
+from minilm_fast.config import Config
 from minilm_fast.data.classification import ClassificationFeature, TextExample, make_classification_features
 from minilm_fast.data.glue import read_glue
+from minilm_fast.data.token_batch import TokenBatch
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.classification import ClassificationBatch, SequenceClassifier
+from minilm_fast.modeling.heads import HeadModel
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.checkpointing import run_folder
-from minilm_fast.training.classification import ClassificationOptions, ClassificationTask
+from minilm_fast.training.classification import ClassificationModule, ClassificationOptions, ClassificationTask
 from minilm_fast.training.distributed import World
 from minilm_fast.training.loop import LoopOptions, Trainer
 
@@ -110,6 +114,12 @@ def test_longer_texts_are_cut_first(tokenizer: Tokenizer) -> None:
             assert (feature.first - 2, len(feature.input_ids) - feature.first - 1) == tuple(map(len, parts))
 
 
+LAST_LAYER = [
+    (f"bert.encoder.layer.1.{name}", f"encoder.layer.1.{name}")
+    for name in ("attention.self.query", "attention.self.value", "attention.output.dense", "output.dense")
+]
+
+
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra"])
 def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     """Also after our own saving: transformers loads it with the same logits."""
@@ -135,10 +145,29 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         logits = ours(features.tokens, token_type_ids=features.token_type_ids)
         torch.testing.assert_close(logits[:3], expected, rtol=1e-4, atol=1e-5)
+    labels = torch.tensor([2, 0, 1])
+    theirs(**inputs, token_type_ids=types, labels=labels).loss.backward()
+    ClassificationModule(ours)(dataclasses.replace(features, labels=labels)).backward()
+    for own, other in (("bert.embeddings.LayerNorm", "embeddings.LayerNorm"), *LAST_LAYER):
+        gradient = theirs.base_model.get_submodule(other).weight.grad
+        torch.testing.assert_close(ours.get_submodule(own).weight.grad, gradient, rtol=1e-3, atol=1e-5)
     ours.save_pretrained(tmp_path / "ours")
     again: Any = type(theirs).from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs, token_type_ids=types).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_first_tokens_go_through_the_last_layer() -> None:
+    """With relative positions too, which depend on the positions and not on the order in memory."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = Config(**sizes, intermediate_size=32, rel_pos_bins=8, max_rel_pos=6, initializer_range=0.3)
+    model = SequenceClassifier(config).eval()
+    tokens = TokenBatch.from_sequences([list(range(5, 5 + n)) for n in (7, 1, 4)])
+    batch = model.read(tokens, None, torch.arange(12, dtype=torch.int32) % 2, None)
+    with torch.no_grad():
+        first = batch.first_tokens(HeadModel.encode(model, batch))
+        torch.testing.assert_close(model.encode(batch), first, rtol=1e-5, atol=1e-6)
 
 
 def make_features(ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> ClassificationBatch:

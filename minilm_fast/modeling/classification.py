@@ -83,13 +83,32 @@ class SequenceClassifier(HeadModel):
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, labels)
 
+    def encode(self, batch: HeadInput) -> Tensor:
+        """The encoder's output for the first tokens ``[batch, hidden]``: only these go through the last layer."""
+        return super().encode(_first_comes_last(batch))
+
     def head(self, hidden: Tensor, batch: HeadInput) -> Tensor:
-        """See :class:`HeadModel`."""
-        first = batch.first_tokens(hidden)
+        """See :class:`HeadModel`; ``hidden`` is ``[batch, hidden]``."""
+        first = hidden
         if isinstance(self.classifier, nn.Linear):
             first = self.dropout(self.get_submodule("bert.pooler")(first))
         logits: Tensor = self.classifier(first)
         return logits
+
+
+def _first_comes_last(batch: HeadInput) -> HeadInput:
+    """The same sequences with the first token moved behind the others, which alone asks.
+
+    Every token sees every other, and each keeps its position, so nothing depends on the order in memory; but the rows
+    that ask are the last ones of a sequence.
+    """
+    tokens = batch.tokens
+    bounds = tokens.layout.cu_seqlens.long()
+    place = torch.arange(1, tokens.layout.total + 1, device=bounds.device)
+    place[bounds[1:] - 1] = bounds[:-1]
+    layout = tokens.layout.with_queries(torch.ones(len(bounds) - 1, dtype=torch.int32, device=bounds.device))
+    moved = replace(tokens, input_ids=tokens.input_ids[place], position_ids=tokens.position_ids[place], layout=layout)
+    return HeadInput(moved, batch.token_type_ids[place])
 
 
 class DenseClassifier(nn.Module):

@@ -22,7 +22,7 @@ from minilm_fast.metrics.classification import METRICS
 from minilm_fast.modeling.classification import ClassificationBatch, SequenceClassifier
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.distributed import World
-from minilm_fast.training.flops import encoder_flops
+from minilm_fast.training.flops import first_token_flops
 from minilm_fast.training.precision import Precision
 from minilm_fast.training.task import StepData
 
@@ -168,7 +168,7 @@ class ClassificationTask:
         chosen = [self.order[number] for number in batch_numbers(step, count * size)]
         lengths = self.features.lengths[[index for batch in chosen for index in batch]]
         config = self.model.config
-        forward = encoder_flops(config, int(lengths.sum()), int((lengths**2).sum()), config.num_hidden_layers)
+        forward = first_token_flops(config, lengths)
         return StepData(
             batches=[self._collate(self.features, batch) for batch in chosen[self.world.rank :: size]],
             normalizer=None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from minilm_fast.config import Config
 
 Counts = tuple[int, int, int]
@@ -27,6 +29,18 @@ def encoder_flops(config: Config, tokens: int, pairs: int, layers: int) -> float
     """Forward pass of whole layers: four projections, the feed-forward network, two products a pair."""
     hidden, inner = config.hidden_size, config.intermediate_size
     return layers * (2.0 * tokens * (4 * hidden * hidden + 2 * hidden * inner) + 4.0 * hidden * pairs)
+
+
+def first_token_flops(config: Config, lengths: np.ndarray) -> float:
+    """Forward pass of sequences of which only the first token goes through the last layer whole.
+
+    Args:
+        lengths: int64 ``[sequences]``.
+    """
+    tokens, count, hidden = int(lengths.sum()), len(lengths), config.hidden_size
+    whole = encoder_flops(config, tokens, int((lengths**2).sum()), config.num_hidden_layers - 1)
+    # Of the others the last layer needs keys and values.
+    return whole + encoder_flops(config, count, tokens, 1) + 2.0 * (tokens - count) * 2 * hidden * hidden
 
 
 def sequence_to_sequence_flops(config: Config, samples: Iterable[Counts], predicted: int) -> float:
