@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 # What the build needs, installed first so that pip never resolves torch inside a build environment.
 BUILD_NEEDS = "$(TORCH)" numpy "scikit-build-core>=0.10" "pybind11>=2.13" ninja "cmake>=3.18"
-SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null) CMakeLists.txt pyproject.toml
+SOURCES = $(shell find csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 
 .PHONY: demo test lint setup clean
 
@@ -33,7 +33,7 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/cuda_emulation/*')
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -107,6 +108,18 @@ def test_several_blocks_fit_on_a_multiprocessor(usages: list[Usage]) -> None:
         narrow = usage.kernel == "decode_attention_kernel" and usage.instance.endswith(("halfLi32", "bfloat16Li32"))
         threads, blocks = (128, 4) if narrow else BLOCKS[usage.kernel]
         assert -(-usage.registers // 8) * 8 * threads * blocks <= 65536, usage
+
+
+def test_operators_compile_against_pytorch() -> None:
+    """Without an object: a build of PyTorch without CUDA has its headers (but for one) and not its libraries."""
+    if NVCC is None:
+        pytest.skip("there is no nvcc on this machine")
+    emulation = ROOT / "tests" / "cuda_emulation"
+    includes = (f"-I{ROOT / 'csrc' / 'include'}", f"-I{emulation / 'headers'}")
+    host = ("-Xcompiler", f"-isystem,{Path(torch.__file__).parent / 'include'},-fsyntax-only")
+    command = [NVCC, "-std=c++17", *includes, *host, "-c", str(emulation / "operators.cpp"), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_report_of_a_kernel_that_spills() -> None:

@@ -72,7 +72,8 @@ class Products {
   uint32_t q_[kSize / 16][4];
 };
 
-// fp32 keeps its full precision: no tensor cores.
+// fp32 keeps its full precision: no tensor cores. Loops stay rolled where they may: it is here that compiling takes
+// long.
 template <int kSize>
 class Products<float, kSize> {
   using Shape = TileShape<float, kSize>;
@@ -87,7 +88,7 @@ class Products<float, kSize> {
     for (int n = 0; n < Shape::kScores; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
-#pragma unroll 4
+#pragma unroll 2
     for (int d = 0; d < kSize; ++d) {
       const float upper = at<Shape::kKeyBytes>(q_, row, d), lower = at<Shape::kKeyBytes>(q_, row + 8, d);
 #pragma unroll
@@ -107,20 +108,21 @@ class Products<float, kSize> {
     const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < Shape::kScores; ++n)
+#pragma unroll 1
+      for (int pair = 0; pair < 4; ++pair)
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int holder = lane / 4 * 4 + j / 2;
-        const float upper = __shfl_sync(kFullWarp, weights[n][j % 2], holder);
-        const float lower = __shfl_sync(kFullWarp, weights[n][2 + j % 2], holder);
+        for (int j = 0; j < 2; ++j) {
+          const float upper = __shfl_sync(kFullWarp, weights[n][j], lane / 4 * 4 + pair);
+          const float lower = __shfl_sync(kFullWarp, weights[n][2 + j], lane / 4 * 4 + pair);
 #pragma unroll
-        for (int d = 0; d < Shape::kResults; ++d)
+          for (int d = 0; d < Shape::kResults; ++d)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float v = at<Shape::kKeyBytes>(tile, n * 8 + j, d * 8 + column + i);
-            out[d][i] = fmaf(upper, v, out[d][i]);
-            out[d][i + 2] = fmaf(lower, v, out[d][i + 2]);
-          }
-      }
+            for (int i = 0; i < 2; ++i) {
+              const float v = at<Shape::kKeyBytes>(tile, n * 8 + pair * 2 + j, d * 8 + column + i);
+              out[d][i] = fmaf(upper, v, out[d][i]);
+              out[d][i + 2] = fmaf(lower, v, out[d][i + 2]);
+            }
+        }
   }
 
  private:
