@@ -33,7 +33,9 @@ std::vector<AttentionTask> cut_tasks(const std::vector<AttentionTask>& whole, in
   return tasks;
 }
 
-AttentionKernel choose_kernel(bool bf16) {
+}  // namespace
+
+AttentionKernel attention_kernel(bool bf16) {
 #ifdef MINILM_FAST_X86
   if (current_isa() >= Isa::kAmx && bf16) return attention_amx;
   if (current_isa() >= Isa::kAvx512) return attention_avx512;
@@ -41,6 +43,8 @@ AttentionKernel choose_kernel(bool bf16) {
 #endif
   return attention_default;
 }
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& cu_seqlens, const at::Tensor& segments,
@@ -59,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   problem.lse = lse.data_ptr<float>();
 
   const std::vector<AttentionTask> tasks = cut_tasks(make_tasks(operands), problem.queries * problem.heads);
-  const AttentionKernel kernel = choose_kernel(problem.bf16);
+  const AttentionKernel kernel = attention_kernel(problem.bf16);
   const size_t bytes = sizeof(float) * static_cast<size_t>(attention_scratch(problem, longest));
   run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     static thread_local Scratch scratch;

@@ -151,14 +151,16 @@ at::Tensor check_rows(const char* op, const at::Tensor& x) {
   return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
 }
 
+PackedRows::PackedRows(const gemm::Kernels& kernels, const gemm::Weight& weight, const gemm::Source& source,
+                       int64_t count)
+    : kernels_(kernels), format_(weight.format), k_(weight.k), count_(count), source_(source) {}
+
 PackedRows::PackedRows(const gemm::Kernels& kernels, const gemm::Weight& weight, const at::Tensor& x, int64_t first,
                        int64_t count)
-    : kernels_(kernels),
-      format_(weight.format),
-      k_(weight.k),
-      count_(count),
-      source_{static_cast<const char*>(x.const_data_ptr()) + first * x.stride(0) * x.element_size(), x.stride(0),
-              x.scalar_type() == at::kBFloat16} {}
+    : PackedRows(kernels, weight,
+                 gemm::Source{static_cast<const char*>(x.const_data_ptr()) + first * x.stride(0) * x.element_size(),
+                              x.stride(0), x.scalar_type() == at::kBFloat16},
+                 count) {}
 
 bool PackedRows::in_place() const { return format_ == Format::kFp32 && !source_.bf16; }
 

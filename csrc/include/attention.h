@@ -36,6 +36,9 @@ void attention_avx2(const AttentionProblem&, const AttentionTask&, float* scratc
 void attention_avx512(const AttentionProblem&, const AttentionTask&, float* scratch);
 void attention_amx(const AttentionProblem&, const AttentionTask&, float* scratch);  // bf16 only
 
+// The kernel for the instruction set in use.
+AttentionKernel attention_kernel(bool bf16);
+
 // Scratch memory, in floats, that tasks of sequences up to `length` tokens need with any instruction set: keys and
 // values, each padded to whole vectors or tiles, and the bias.
 static inline int64_t attention_scratch(const AttentionProblem& problem, int64_t length) {

@@ -21,6 +21,9 @@ at::Tensor check_rows(const char* op, const at::Tensor& x);
 // kernels can read it as it is.
 class PackedRows {
  public:
+  // The first `count` rows of a source, which must outlive this.
+  PackedRows(const gemm::Kernels& kernels, const gemm::Weight& weight, const gemm::Source& source, int64_t count);
+
   // The rows [first, first + count) of x, which must outlive this.
   PackedRows(const gemm::Kernels& kernels, const gemm::Weight& weight, const at::Tensor& x, int64_t first,
              int64_t count);

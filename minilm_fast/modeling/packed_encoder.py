@@ -70,6 +70,24 @@ class PackedLayer:
     projection: PackedLinear
     block: PackedBlock
 
+    def fused(self) -> ops.EncoderLayer:
+        """The same weights for :func:`minilm_fast.ops.encoder_layers`."""
+        block = self.block
+        return ops.EncoderLayer(
+            projection=self.projection.weight,
+            attention_output=block.attention_output.weight,
+            intermediate=block.intermediate.weight,
+            output=block.output.weight,
+            projection_bias=self.projection.bias,
+            attention_output_bias=block.attention_output.bias,
+            attention_norm_weight=block.attention_norm.weight,
+            attention_norm_bias=block.attention_norm.bias,
+            intermediate_bias=block.intermediate.bias,
+            output_bias=block.output.bias,
+            output_norm_weight=block.output_norm.weight,
+            output_norm_bias=block.output_norm.bias,
+        )
+
 
 class WeightReader:
     """Packs parts of a state dict.
@@ -96,7 +114,7 @@ class WeightReader:
         self.dtype = dtype
         self.device = torch.device(device)
         self._state = state
-        self._eps = config.layer_norm_eps if eps is None else eps
+        self.eps = config.layer_norm_eps if eps is None else eps
         self._purpose = purpose
 
     def get(self, name: str) -> Tensor:
@@ -120,7 +138,7 @@ class WeightReader:
 
     def norm(self, prefix: str) -> PackedNorm:
         """The norm ``<prefix>.LayerNorm``."""
-        return PackedNorm(self.get(f"{prefix}.LayerNorm.weight"), self.get(f"{prefix}.LayerNorm.bias"), self._eps)
+        return PackedNorm(self.get(f"{prefix}.LayerNorm.weight"), self.get(f"{prefix}.LayerNorm.bias"), self.eps)
 
     def projection(self, layer: int, *names: str) -> PackedLinear:
         """Of a layer (from 0) the projections ``query``, ``key`` and ``value``, or those named, as one."""
@@ -199,9 +217,13 @@ class PackedEncoder:
         self.config = config
         self.dtype = reader.dtype
         self.heads = config.num_attention_heads
+        self._eps = reader.eps
         self.embed = PackedEmbeddings(reader)
         self.layers = [reader.layer(i) for i in range(config.num_hidden_layers if layers is None else layers)]
         self.relative_bias = reader.relative_bias()
+        # One operator for all layers exists for the CPU and the erf-GELU.
+        fused = reader.device.type == "cpu" and config.hidden_act == "gelu"
+        self._fused = [layer.fused() for layer in self.layers] if fused else None
 
     @property
     def attention_dtype(self) -> torch.dtype:
@@ -227,6 +249,11 @@ class PackedEncoder:
 
     def run_layers(self, x: Tensor, positions: Tensor, layout: ops.SequenceLayout) -> Tensor:
         """All layers; fp32 ``[tokens, hidden]`` to the same."""
+        if self._fused is not None:
+            at = None if self.relative_bias is None else positions
+            return ops.encoder_layers(
+                x, self._fused, layout, self.heads, self._eps, relative_bias=self.relative_bias, position_ids=at
+            )
         for layer in self.layers:
             x = self.run_layer(layer, x, positions, layout)[0]
         return x

@@ -5,6 +5,7 @@ from minilm_fast.ops.adamw import adamw
 from minilm_fast.ops.attention import attention, projected_attention
 from minilm_fast.ops.beam import ban_repeated_ngrams, beam_step
 from minilm_fast.ops.decode_attention import decode_attention, store_source
+from minilm_fast.ops.encoder import EncoderLayer, encoder_layers
 from minilm_fast.ops.layout import SequenceLayout
 from minilm_fast.ops.linear import PackedWeight, linear, lm_head_topk, pack_weight
 from minilm_fast.ops.loss import label_smoothed_cross_entropy
@@ -12,6 +13,7 @@ from minilm_fast.ops.norm import add_layer_norm, bias_gelu, dropout_add_layer_no
 from minilm_fast.ops.relation_kl import relation_kl
 
 __all__ = [
+    "EncoderLayer",
     "PackedWeight",
     "SequenceLayout",
     "adamw",
@@ -24,6 +26,7 @@ __all__ = [
     "decode_attention",
     "dropout_add_layer_norm",
     "embed_layer_norm",
+    "encoder_layers",
     "forced_backend",
     "label_smoothed_cross_entropy",
     "linear",

@@ -6,6 +6,8 @@ the tests) and, but for the in-place caches, can be differentiated by autograd.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -212,6 +214,39 @@ def linear(
     if bias is not None:
         y = y + bias.to(y.dtype)
     return (F.gelu(y) if activation == "gelu" else y).to(x.dtype)
+
+
+def encoder_layers(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    vectors: Sequence[torch.Tensor],
+    layout: SequenceLayout,
+    heads: int,
+    format: str,
+    eps: float,
+    relative_bias: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.encoder_layers`, from the weights before packing."""
+
+    def between(y: torch.Tensor) -> torch.Tensor:
+        return y if format == "fp32" else y.bfloat16().to(x.dtype)
+
+    scale = (x.shape[1] // heads) ** -0.5
+    for i in range(len(weights) // 4):
+        projection, attention_output, intermediate, output = weights[4 * i : 4 * i + 4]
+        v = vectors[8 * i : 8 * i + 8]
+        query, key, value = (
+            between(linear(x, projection, v[0], format, "none")).view(x.shape[0], 3, heads, -1).unbind(1)
+        )
+        context, _ = attention(
+            query, key, value, layout, scale=scale, relative_bias=relative_bias, position_ids=position_ids
+        )
+        y = linear(between(context.flatten(1)), attention_output, v[1], format, "none")
+        x = add_layer_norm(y, x, v[2], v[3], eps)
+        y = linear(between(linear(x, intermediate, v[4], format, "gelu")), output, v[5], format, "none")
+        x = add_layer_norm(y, x, v[6], v[7], eps)
+    return x
 
 
 def lm_head_topk(
