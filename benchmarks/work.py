@@ -105,3 +105,10 @@ def pseudo_masked_training(shape: ModelShape, source: int, target: int) -> tuple
     pairs = source * source + target * source + earlier + target + pseudo
     attention = (shape.layers - 1) * _attention(1, pairs, d) + _attention(1, pseudo, d)
     return 3 * linear, 3 * attention
+
+
+def encoder(shape: ModelShape, length: int) -> float:
+    """Work of encoding one sequence of ``length`` tokens: all layers, no head."""
+    d, f = shape.hidden, shape.intermediate
+    row = 2.0 * (4 * d * d + 2 * d * f)
+    return shape.layers * (length * row + _attention(length, length, d))

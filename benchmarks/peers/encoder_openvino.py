@@ -1,0 +1,93 @@
+"""OpenVINO on the exported model, and on what NNCF makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from peers.base import NotSupported
+from peers.encoder_base import (
+    ONNX_FILE,
+    OPENVINO_INT8_FILE,
+    Case,
+    EncoderJob,
+    EncoderPeer,
+    Padded,
+    once_per_shape,
+)
+
+
+class OpenVino(EncoderPeer):
+    """One stream with all threads. Cases of one shape get a model reshaped to it, the others one with dynamic shapes.
+
+    int8 is NNCF's post-training quantisation for Transformers; what it leaves in floating point runs in bf16 where the
+    CPU has it, which is OpenVINO's own default there.
+    """
+
+    name = "openvino"
+    dtypes = ("fp32", "bf16", "int8")
+
+    def version(self) -> str:
+        import openvino
+
+        return f"openvino {openvino.__version__.split('-')[0]}"
+
+    def settings(self) -> str:
+        quantised = (
+            "NNCF post-training quantisation (model type TRANSFORMER), rest in " if self.job.dtype == "int8" else ""
+        )
+        return f"{quantised}{self._precision()}, one stream, latency hint, static shapes where a case has one"
+
+    def _precision(self) -> str:
+        if self.job.dtype == "fp32":
+            return "f32"
+        return "bf16" if "BF16" in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+
+    def build(self) -> None:
+        import openvino
+
+        self.core = openvino.Core()
+        if self.job.dtype == "bf16" and self._precision() != "bf16":
+            raise NotSupported(f"{self.version()} has no bf16 on this CPU")
+        file = self.job.folder / (OPENVINO_INT8_FILE if self.job.dtype == "int8" else ONNX_FILE)
+        if not file.is_file():
+            raise NotSupported(f"{file.name} could not be made")
+        self.model = self.core.read_model(file)
+        self._requests: dict[str, Any] = {}
+
+    def _request(self, case: Case) -> Any:
+        settings = {
+            "INFERENCE_NUM_THREADS": self.job.threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": self._precision(),
+        }
+
+        def compiled(fixed: bool) -> Any:
+            model = self.model.clone()
+            if fixed:
+                shape = [len(case.batches[0]), len(case.batches[0][0])]
+                model.reshape({entry.any_name: shape for entry in model.inputs})
+            return self.core.compile_model(model, "CPU", settings).create_infer_request()
+
+        return once_per_shape(case, compiled, self._requests)
+
+    def ready(self, sequences: list[list[int]]) -> Any:
+        return Padded.from_sequences(sequences).feed()
+
+    def encode(self, batch: Any, case: Case) -> np.ndarray:
+        embeddings: np.ndarray = self._request(case).infer(batch)[0]
+        return embeddings
+
+
+def quantize(job: EncoderJob, calibration: Sequence[Sequence[int]]) -> None:
+    """Writes the int8 model, calibrated on real sequences, one at a time."""
+    import nncf
+    import openvino
+
+    feeds = [Padded.from_sequences([sequence]).feed() for sequence in calibration]
+    model = openvino.Core().read_model(job.folder / ONNX_FILE)
+    quantised = nncf.quantize(model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds))
+    openvino.save_model(quantised, job.folder / OPENVINO_INT8_FILE, compress_to_fp16=False)
