@@ -17,6 +17,7 @@ from minilm_fast import ops
 from minilm_fast.config import Config
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.encoder import activation, relative_position_bucket
+from minilm_fast.ops.encoder import can_fuse
 
 _FUSED_ACTIVATIONS = ("none", "gelu")
 
@@ -221,8 +222,8 @@ class PackedEncoder:
         self.embed = PackedEmbeddings(reader)
         self.layers = [reader.layer(i) for i in range(config.num_hidden_layers if layers is None else layers)]
         self.relative_bias = reader.relative_bias()
-        # One operator for all layers exists for the CPU and the erf-GELU.
-        fused = reader.device.type == "cpu" and config.hidden_act == "gelu"
+        # All layers can be one operator if their activation is the erf-GELU.
+        fused = config.hidden_act == "gelu" and all(can_fuse(layer.projection.weight) for layer in self.layers)
         self._fused = [layer.fused() for layer in self.layers] if fused else None
 
     @property

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from minilm_fast.ops import reference
-from minilm_fast.ops._dispatch import select
+from minilm_fast.ops._dispatch import unusable
 from minilm_fast.ops._library import define
 from minilm_fast.ops.layout import SequenceLayout
 from minilm_fast.ops.linear import FORMATS, PackedWeight
@@ -81,6 +81,11 @@ class EncoderLayer:
         return [getattr(self, field.name) for field in fields(self)[4:]]
 
 
+def can_fuse(weight: PackedWeight) -> bool:
+    """Whether :func:`encoder_layers` exists for the backend that packed a weight."""
+    return unusable(weight.backend, "encoder_layers", weight.data.device) is None
+
+
 def encoder_layers(
     x: torch.Tensor,
     layers: Sequence[EncoderLayer],
@@ -120,7 +125,7 @@ def encoder_layers(
     if not weights:
         return x
     format, packer = kinds.pop()
-    run = _reference if packer == "reference" or select("encoder_layers", x) == "reference" else _op
+    run = _reference if packer == "reference" else _op
     return run(
         x.contiguous(),
         [weight.data for weight in weights],
