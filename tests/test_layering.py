@@ -22,7 +22,7 @@ LAYERS = [
         "tokenizer_record",
     },
     {"ops", "kernels", "_C"},
-    {"data", "modeling"},
+    {"data", "integrations", "modeling"},
     {"training", "decoding", "distillation", "metrics"},
     {
         "cli",

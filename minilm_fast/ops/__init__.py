@@ -10,6 +10,7 @@ from minilm_fast.ops.layout import SequenceLayout
 from minilm_fast.ops.linear import PackedWeight, linear, lm_head_topk, pack_weight
 from minilm_fast.ops.loss import label_smoothed_cross_entropy
 from minilm_fast.ops.norm import add_layer_norm, bias_gelu, dropout_add_layer_norm, embed_layer_norm
+from minilm_fast.ops.padded_attention import padded_attention
 from minilm_fast.ops.relation_kl import relation_kl
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "linear",
     "lm_head_topk",
     "pack_weight",
+    "padded_attention",
     "projected_attention",
     "relation_kl",
     "store_source",

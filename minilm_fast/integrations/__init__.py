@@ -1,0 +1,1 @@
+"""minilm_fast inside other libraries."""
