@@ -155,3 +155,31 @@ def test_bad_arguments_give_one_line(arguments: list[str], named: str) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and named in line
+
+
+def test_model_sizes_are_measured_and_compared(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    pytest.importorskip("transformers")
+    saved = tmp_path / "sizes.json"
+    sizes = [
+        "--base",
+        "tiny",
+        "--models",
+        "l6-h384",
+        "--lengths",
+        "8",
+        "--batches",
+        "1,2",
+        "--rounds",
+        "1",
+        "--settle",
+        "0",
+    ]
+    done = run("model_sizes.py", *sizes, "--threads", "1", "--json", str(saved))
+    assert done.returncode == 0, done.stderr
+    found = {(r["system"], r["model"], r["batch"]) for r in json.loads(saved.read_text(encoding="utf-8"))["runs"]}
+    systems = ("torch eager", "minilm_fast")
+    assert found == {(s, m, b) for s in systems for m in ("tiny", "l6-h384") for b in (1, 2)}
+    assert "8 x 2" in done.stdout and "not measured" not in done.stdout
+    done = run("model_sizes.py", "--lengths", "513")
+    assert done.returncode == 2 and done.stderr.splitlines() == ["error: --lengths 513: the models have 512 positions"]
