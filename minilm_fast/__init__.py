@@ -8,18 +8,49 @@ from minilm_fast._version import __version__
 
 if TYPE_CHECKING:
     from minilm_fast.config import Config
+    from minilm_fast.modeling.classification import SequenceClassifier
+    from minilm_fast.modeling.heads import MaskedLM, MultipleChoice, TokenClassifier
     from minilm_fast.modeling.model import Model
+    from minilm_fast.modeling.question_answering import QuestionAnswerer
     from minilm_fast.ops import backend
     from minilm_fast.tokenization import Tokenizer
 
-__all__ = ["Config", "Model", "Tokenizer", "__version__", "backend"]
+__all__ = [
+    "Config",
+    "MaskedLM",
+    "Model",
+    "MultipleChoice",
+    "QuestionAnswerer",
+    "SequenceClassifier",
+    "TokenClassifier",
+    "Tokenizer",
+    "__version__",
+    "backend",
+    "register_with_transformers",
+]
 
 _HOMES = {
     "Config": "minilm_fast.config",
+    "MaskedLM": "minilm_fast.modeling.heads",
     "Model": "minilm_fast.modeling.model",
+    "MultipleChoice": "minilm_fast.modeling.heads",
+    "QuestionAnswerer": "minilm_fast.modeling.question_answering",
+    "SequenceClassifier": "minilm_fast.modeling.classification",
+    "TokenClassifier": "minilm_fast.modeling.heads",
     "Tokenizer": "minilm_fast.tokenization",
     "backend": "minilm_fast.ops",
 }
+
+
+def register_with_transformers() -> None:
+    """Makes ``attn_implementation="minilm_fast"`` known to transformers, as importing its module does.
+
+    Raises:
+        UserError: transformers is older than version 5.
+    """
+    from minilm_fast.integrations.transformers import register
+
+    register()
 
 
 def __getattr__(name: str) -> Any:
