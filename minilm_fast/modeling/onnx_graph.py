@@ -146,7 +146,9 @@ class GraphBuilder:
     def _mask(self, graph: Graph) -> str:
         """What is added to the scores, ``[batch, 1, 1, sequence]``."""
         # In two steps, which is the form that ONNX Runtime's optimiser knows.
-        mask = graph.add("Unsqueeze", graph.add("Unsqueeze", "attention_mask", graph.constant([1])), graph.constant([2]))
+        mask = graph.add(
+            "Unsqueeze", graph.add("Unsqueeze", "attention_mask", graph.constant([1])), graph.constant([2])
+        )
         hidden = graph.add("Sub", graph.constant(1.0), graph.add("Cast", mask, to=1))
         return graph.add("Mul", hidden, graph.constant(MASKED))
 
