@@ -12,7 +12,14 @@ from minilm_fast.errors import UserError
 from tests.command import Runner
 
 HEAVY = ("torch", "transformers", "tokenizers", "sentencepiece", "huggingface_hub", "tqdm", "numpy", "safetensors")
-MODULES = ("minilm_fast.decode", "minilm_fast.evaluate", "minilm_fast.gen_seq_from_trace", "minilm_fast.run_seq2seq")
+MODULES = (
+    "minilm_fast.decode",
+    "minilm_fast.evaluate",
+    "minilm_fast.gen_seq_from_trace",
+    "minilm_fast.run_seq2seq",
+    "minilm_fast.run_glue",
+    "minilm_fast.run_xnli",
+)
 
 
 @pytest.fixture
