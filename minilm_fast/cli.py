@@ -27,6 +27,7 @@ COMMANDS = {
     "encode": ("minilm_fast.encode", "embed a file of texts: one vector a line"),
     "gen-seq-from-trace": ("minilm_fast.gen_seq_from_trace", "choose outputs anew from saved score traces"),
     "evaluate": ("minilm_fast.evaluate", "score generated texts with the metrics of the paper's tables"),
+    "evaluate-qa": ("minilm_fast.evaluate_qa", "score extracted answers as SQuAD, MLQA and XQuAD do"),
     "distill": ("minilm_fast.distill", "distil a smaller model from a teacher: MiniLM v1 and v2"),
     "export-onnx": ("minilm_fast.export_onnx", "write an encoder with its head as an ONNX file"),
     "glue": ("minilm_fast.run_glue", "fine-tune and measure on a GLUE task"),

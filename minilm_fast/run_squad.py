@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import glob
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 TABLE = "qa_table.txt"
 _COMPRESSED = ("", ".gz", ".xz")
-_XQUAD_NAME = re.compile(r"xquad\.([a-z]{2})\b")
 
 
 def build_parser() -> ArgumentParser:
@@ -81,30 +79,9 @@ def _version(args: argparse.Namespace) -> str:
 
 
 def _language(args: argparse.Namespace, path: Path) -> str | None:
-    from minilm_fast.data.squad import language_of
-    from minilm_fast.metrics.squad import check_language
+    from minilm_fast.metrics.squad import language_for
 
-    if args.answer_language is not None:
-        return None if args.answer_language == "none" else str(args.answer_language)
-    language = None if args.version_2_with_negative else language_of(path)
-    check_language(language, f"{path}: the language of the answers, by the file's name")
-    return language
-
-
-def set_names(paths: Sequence[Path]) -> list[str]:
-    """What tells files apart: the language in the names of MLQA and XQuAD if that suffices, else the name's start."""
-    from minilm_fast.data.squad import language_of
-
-    def language(path: Path) -> str | None:
-        match = _XQUAD_NAME.match(path.name)
-        return match[1] if match else language_of(path)
-
-    stems = [re.sub(r"(\.json)?(\.gz|\.xz)?$", "", path.name) for path in paths]
-    names = [language(path) or stem for path, stem in zip(paths, stems, strict=True)]
-    for candidates in (names, stems):
-        if len(set(candidates)) == len(paths):
-            return candidates
-    return [f"{stem}-{number}" for number, stem in enumerate(stems)]
+    return language_for(path, args.answer_language, args.version_2_with_negative)
 
 
 def _options(args: argparse.Namespace) -> QuestionAnsweringOptions:
@@ -129,10 +106,11 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
     from minilm_fast.atomic import atomic_write
     from minilm_fast.data.answer_windows import WindowOptions, make_windows
     from minilm_fast.data.feature_cache import digest_of
-    from minilm_fast.data.squad import gold_answers, read_squad
+    from minilm_fast.data.squad import gold_answers, read_squad, set_names
+    from minilm_fast.metrics.squad import table
     from minilm_fast.modeling.question_answering import QuestionAnswerer
     from minilm_fast.training import understanding
-    from minilm_fast.training.question_answering import QuestionAnsweringTask, QuestionSet, table
+    from minilm_fast.training.question_answering import QuestionAnsweringTask, QuestionSet
 
     torch.manual_seed(args.seed)
     loaded, tokenizer = understanding.start(args)
@@ -205,13 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from minilm_fast.metrics.squad import check_language
-
     check_understanding(args)
-    if args.answer_language not in (None, "none"):
-        check_language(args.answer_language, "--answer_language")
-        if args.version_2_with_negative:
-            raise UserError("--answer_language is not for --version_2_with_negative")
+    if args.max_seq_length < args.max_query_length + 5:
+        raise UserError(
+            f"--max_seq_length {args.max_seq_length} leaves no room for the context beside a question of "
+            f"--max_query_length {args.max_query_length} tokens"
+        )
     if args.data_dir is None and args.do_train and args.train_file is None:
         raise UserError("--do_train needs --train_file or --data_dir")
     if args.data_dir is None and _measures(args) and args.predict_file is None:

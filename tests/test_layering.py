@@ -30,6 +30,7 @@ LAYERS = [
         "distill",
         "encode",
         "evaluate",
+        "evaluate_qa",
         "export_onnx",
         "gen_seq_from_trace",
         "run_glue",

@@ -214,7 +214,13 @@ class WindowMaker:
             return None
         starts, ends = context.offsets.T
         inside = np.flatnonzero((starts < place[1]) & (ends > place[0]))
-        return (int(inside[0]), int(inside[-1])) if len(inside) else None
+        if not len(inside):
+            return None
+        first = int(inside[0])
+        # A piece without characters, such as SentencePiece's mark of a word's start, belongs to what follows.
+        while first and starts[first - 1] == ends[first - 1] == starts[first]:
+            first -= 1
+        return first, int(inside[-1])
 
     def _windows(self, question: Question, number: int, context: Context, answer: tuple[int, int]) -> Iterator[Window]:
         options, tokenizer = self.options, self.tokenizer

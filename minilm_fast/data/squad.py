@@ -18,6 +18,7 @@ from minilm_fast.errors import UserError
 
 # Files of MLQA name the language of the context, in which answers are, and that of the question.
 _MLQA_NAME = re.compile(r"context-([a-z]+)-question-([a-z]+)")
+_XQUAD_NAME = re.compile(r"xquad\.([a-z]{2})\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def read_squad(path: str | Path, *, with_answers: bool = False) -> list[Paragrap
         UserError: the file cannot be read, is no JSON of this format, has no question, or an id twice; names the file
             and the place in it.
     """
-    entries = _list(_object(_parse(path), str(path)), "data", str(path))
+    entries = _list(_object(parse_json(path), str(path)), "data", str(path))
     paragraphs = []
     for number, entry in enumerate(entries):
         where = f"{path}: data[{number}]"
@@ -91,7 +92,27 @@ def language_of(path: str | Path) -> str | None:
     return match[1] if match else None
 
 
-def _parse(path: str | Path) -> Any:
+def set_names(paths: Sequence[Path]) -> list[str]:
+    """What tells files apart: the language in the names of MLQA and XQuAD if that suffices, else the name's start."""
+
+    def language(path: Path) -> str | None:
+        match = _XQUAD_NAME.match(path.name)
+        return match[1] if match else language_of(path)
+
+    stems = [re.sub(r"(\.json)?(\.gz|\.xz)?$", "", path.name) for path in paths]
+    names = [language(path) or stem for path, stem in zip(paths, stems, strict=True)]
+    for candidates in (names, stems):
+        if len(set(candidates)) == len(paths):
+            return candidates
+    return [f"{stem}-{number}" for number, stem in enumerate(stems)]
+
+
+def parse_json(path: str | Path) -> Any:
+    """What a JSON file holds, plain, gzip or xz.
+
+    Raises:
+        UserError: it cannot be read, is cut off or is no JSON; names line and column.
+    """
     with opened(path) as file:
         content = file.read()
     try:

@@ -13,7 +13,9 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from minilm_fast.data.squad import language_of
 from minilm_fast.errors import UserError
 
 _ENGLISH_ARTICLES = r"\b(a|an|the)\b"
@@ -147,6 +149,46 @@ def squad_v2_scores(
                 scores, answers, predictions, na_probs
             )
     return result
+
+
+def average(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each score over sets that all have it."""
+    names = set.intersection(*(set(scores) for scores in found.values()))
+    first = next(iter(found.values()))
+    return {name: sum(scores[name] for scores in found.values()) / len(found) for name in first if name in names}
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """F1 and exact match of sets as in MiniLM's table of MLQA: the average, then each."""
+    exact = "exact" if all("exact" in scores for scores in found.values()) else "exact_match"
+    rows = [["", "Average", *found]]
+    for title, name in (("F1", "f1"), ("EM", exact)):
+        values = [scores[name] for scores in found.values()]
+        rows.append([title, *(f"{value:.1f}" for value in (sum(values) / len(values), *values))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]]) + "\n"
+
+
+def language_for(path: str | Path, given: str | None, version_2: bool) -> str | None:
+    """Whose rules of MLQA the answers of a file are scored by; None: SQuAD's.
+
+    Args:
+        given: a language, or ``"none"``; None leaves it to the name of the file, which is looked at for SQuAD 1.1's
+            format only.
+
+    Raises:
+        UserError: MLQA does not have the language, or SQuAD 2.0's score is to follow its rules.
+    """
+    if given is not None and given != "none":
+        check_language(given, "--answer_language")
+        if version_2:
+            raise UserError("--answer_language is not for --version_2_with_negative")
+        return given
+    language = None if given == "none" or version_2 else language_of(path)
+    check_language(language, f"{path}: the language of the answers by the file's name")
+    return language
 
 
 def _require(answers: Mapping[str, Sequence[str]], found: Mapping[str, object], what: str) -> None:

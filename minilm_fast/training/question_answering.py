@@ -19,7 +19,7 @@ from minilm_fast.data.answer_windows import Window
 from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers
 from minilm_fast.decoding.answers import AnswerOptions, Prediction, choose_answers
 from minilm_fast.errors import UserError
-from minilm_fast.metrics.squad import squad_scores, squad_v2_scores
+from minilm_fast.metrics.squad import average, squad_scores, squad_v2_scores
 from minilm_fast.modeling.question_answering import QuestionAnswerer, QuestionAnsweringBatch, span_losses
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.distributed import World
@@ -272,26 +272,6 @@ class QuestionAnsweringTask:
         if wrong:
             raise UserError(f"{folder}: {wrong[0]} of shape {list(own[wrong[0]].shape)} is missing")
         self.model.load_state_dict({name: state[name] for name in own})
-
-
-def average(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each score over sets that all have it."""
-    names = set.intersection(*(set(scores) for scores in found.values()))
-    first = next(iter(found.values()))
-    return {name: float(np.mean([scores[name] for scores in found.values()])) for name in first if name in names}
-
-
-def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """F1 and exact match of sets as in MiniLM's table of MLQA: the average, then each."""
-    exact = "exact" if all("exact" in scores for scores in found.values()) else "exact_match"
-    rows = [["", "Average", *found]]
-    for title, name in (("F1", "f1"), ("EM", exact)):
-        values = [scores[name] for scores in found.values()]
-        rows.append([title, *(f"{value:.1f}" for value in (sum(values) / len(values), *values))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in padded]
-    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]]) + "\n"
 
 
 def _pieces(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
