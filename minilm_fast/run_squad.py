@@ -193,7 +193,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--do_train needs --train_file or --data_dir")
     if args.data_dir is None and _measures(args) and args.predict_file is None:
         raise UserError("give --predict_file or --data_dir")
-    for path in [_train_file(args)] * args.do_train + (_predict_files(args) if _measures(args) else []):
+    paths = [_train_file(args)] * args.do_train + (_predict_files(args) if _measures(args) else [])
+    for path in [*paths, *([_find(args, args.dev_file)] if args.dev_file else [])]:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
     for path in _predict_files(args) if _measures(args) else []:
