@@ -44,7 +44,7 @@ def _digest() -> str:
     """Names a build: everything that goes into it."""
     folders = (ROOT / "csrc" / "cuda", ROOT / "csrc" / "include", EMULATION)
     digest = hashlib.sha256(f"{torch.__version__} {COMPILER} {FLAGS} {os.getuid()}".encode())
-    for path in sorted(path for folder in folders for path in folder.iterdir()):
+    for path in sorted(path for folder in folders for path in folder.iterdir() if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
