@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from minilm_fast.errors import UserError
-from minilm_fast.ops import _triton
+from minilm_fast.ops import _cuda, _triton
 
 PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -96,8 +96,12 @@ def unusable(name: str, operator: str, device: torch.device, needs_grad: bool = 
         return None
     if name == "triton":
         return _triton.unusable(operator, device)
-    if name != "cpu":
-        return f"{operator} has no {name} implementation yet"
+    if name == "cuda":
+        if operator in _cuda.KERNELS and device.type == "cuda" and EXTENSION_ERROR is not None:
+            return EXTENSION_ERROR
+        if operator in _cuda.KERNELS and needs_grad:
+            return f"the CUDA kernel of {operator} has no backward and a gradient is asked for"
+        return _cuda.unusable(operator, device)
     if device.type != "cpu":
         return f"the tensors are on {device.type}"
     if EXTENSION_ERROR is not None:

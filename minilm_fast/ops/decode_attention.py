@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from minilm_fast.ops import reference
+from minilm_fast.ops import _cuda, reference
 from minilm_fast.ops._dispatch import select
 from minilm_fast.ops._library import define
 
@@ -54,7 +54,8 @@ def decode_attention(
     """Attention of one decoding step (module docstring). Writes row 0's key and value into the history.
 
     Args:
-        q, k, v: ``[E * B * rows, H, D]``, fp32 or bf16; the last dimension contiguous.
+        q, k, v: ``[E * B * rows, H, D]``, fp32 or bf16; the last dimension contiguous. On CUDA fp16 too, ``D`` 32, 64
+            or 128, and the caches of the same dtype.
         source_k: ``[slots, H, D, S]``, keys dimension-major, ``S`` a capacity that is a multiple of 16.
         source_v: ``[slots, H, S, D]``. Beyond a source's length both caches may hold anything.
         source_lengths: int32 ``[slots]``.
@@ -70,10 +71,11 @@ def decode_attention(
         ``[E * B * rows, H, D]`` in the dtype of ``q``.
 
     Raises:
-        RuntimeError: a shape, dtype or count does not fit; the message names the argument.
+        RuntimeError: a shape, dtype or count does not fit; the message names the argument. On CUDA the numbers in
+            ``source_lengths``, ``ancestry``, ``slots`` and ``steps`` are not looked at.
     """
     args = (q, k, v, source_k, source_v, source_lengths, history_k, history_v, ancestry, slots, steps)
-    if select("decode_attention", q, source_k) == "reference":
+    if select("decode_attention", q, source_k, refusals=_cuda.refuse_decode(q, source_k)) == "reference":
         return reference.decode_attention(*args, rows, scale, relative_bias)
     return _op(*args, rows, scale, relative_bias)
 
@@ -101,7 +103,7 @@ def store_source(
         RuntimeError: a shape or dtype does not fit, or a source is longer than the capacity.
     """
     args = (k, v, cu_seqlens, source_counts, slots, source_k, source_v, source_lengths)
-    if select("store_source", k) == "reference":
+    if select("store_source", k, refusals=_cuda.refuse_decode(k, source_k)) == "reference":
         reference.store_source(*args)
     else:
         _store_op(*args)

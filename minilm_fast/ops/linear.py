@@ -3,7 +3,8 @@
 ``linear``: ``y = activation(x w^T + b)``, the erf-GELU fused. Formats of a packed weight:
 
 * ``fp32``: exact;
-* ``bf16``: weight and activations rounded to bf16, products summed in fp32;
+* ``bf16``, ``fp16``: weight and activations rounded to it, products summed in fp32; on CUDA the activations that come
+  out are rounded to it before they become the dtype of ``x``; fp16 has kernels on CUDA only;
 * ``int8``: weights symmetric per output channel (``s_n = max|w_n| / 127``), activations symmetric per row
   (``s_m = max|x_m| / 127``, round half to even), ``y_mn = s_m s_n sum_k qx_mk qw_nk``, the sum exact.
 
@@ -16,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from minilm_fast.ops import reference
+from minilm_fast.ops import _cuda, reference
 from minilm_fast.ops._dispatch import select
 from minilm_fast.ops._library import define
 
-FORMATS = ("fp32", "bf16", "int8")
+# The extension knows a format by its place in the list.
+FORMATS = ("fp32", "bf16", "int8", "fp16")
 ACTIVATIONS = ("none", "gelu")
 
 
@@ -75,9 +77,10 @@ class PackedWeight:
     """A weight ``[out_features, in_features]`` in the form its backend reads.
 
     Attributes:
-        data: what the backend made of it: an opaque uint8 vector, or for the reference the weight itself.
+        data: what the backend made of it: an opaque uint8 vector, or the weight itself for the reference and, in the
+            format's dtype, for CUDA.
         out_features, in_features: shape of the weight.
-        format: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+        format: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"fp16"``.
         backend: the backend that packed it and must run it.
     """
 
@@ -93,7 +96,7 @@ def pack_weight(weight: torch.Tensor, format: str = "fp32") -> PackedWeight:
 
     Args:
         weight: fp32 or bf16 ``[out_features, in_features]``.
-        format: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+        format: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"fp16"``.
 
     Raises:
         ValueError: unknown format, or not a matrix.
@@ -103,9 +106,11 @@ def pack_weight(weight: torch.Tensor, format: str = "fp32") -> PackedWeight:
     if weight.dim() != 2:
         raise ValueError(f"pack_weight: weight must be a matrix, got shape {tuple(weight.shape)}")
     weight = weight.detach()
-    backend = select("pack_weight", weight)
-    if backend == "reference":
-        data = weight.bfloat16() if format == "bf16" else weight
+    backend = select("pack_weight", weight, refusals=_cuda.refuse_format(format))
+    if backend == "cuda":
+        data = weight.to(_cuda.FORMATS[format]).contiguous()
+    elif backend == "reference":
+        data = weight.to(_cuda.FORMATS[format]) if format in ("bf16", "fp16") else weight
     else:
         data = _pack_op(weight.contiguous(), FORMATS.index(format))
     return PackedWeight(data, weight.shape[0], weight.shape[1], format, backend)
@@ -136,6 +141,8 @@ def linear(
     _check("linear", x, weight)
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: unknown activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    if weight.backend == "cuda":
+        return _cuda.linear(x, weight.data, bias, activation)
     if weight.backend == "reference":
         return reference.linear(x, weight.data, bias, weight.format, activation)
     return _linear_op(
@@ -146,6 +153,16 @@ def linear(
         FORMATS.index(weight.format),
         ACTIVATIONS.index(activation),
     )
+
+
+def _head_backend(x: torch.Tensor, weight: PackedWeight, k: int) -> str:
+    """Of a weight that was packed for CUDA: whether the kernel takes it, or the reference."""
+    reason = None
+    if k > _cuda.MOST_CANDIDATES:
+        reason = f"k is {k}, above {_cuda.MOST_CANDIDATES}"
+    elif weight.in_features * weight.data.element_size() % 16:
+        reason = f"rows of {weight.in_features} numbers are no multiple of 16 bytes"
+    return select("lm_head_topk", x, weight.data, refusals={"cuda": reason})
 
 
 def lm_head_topk(
@@ -181,7 +198,7 @@ def lm_head_topk(
     _check("lm_head_topk", x, weight)
     if not 1 <= k <= weight.out_features:
         raise ValueError(f"lm_head_topk: k must be from 1 to the vocabulary's {weight.out_features}, got {k}")
-    if weight.backend == "reference":
+    if weight.backend == "reference" or (weight.backend == "cuda" and _head_backend(x, weight, k) == "reference"):
         return reference.lm_head_topk(x, weight.data, bias, weight.format, k, banned, suppress_id, suppress)
     return _head_op(
         x,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minilm_fast.ops import _triton, reference
+from minilm_fast.ops import _cuda, _triton, reference
 from minilm_fast.ops._dispatch import select
 from minilm_fast.ops._library import LIBRARY, define, define_triton
 from minilm_fast.ops.dropout import dropout_factors
@@ -193,7 +193,7 @@ def add_layer_norm(
     """``LayerNorm(x + residual)``.
 
     Args:
-        x, residual: fp32 or bf16 ``[rows, channels]``; ``residual`` may be None.
+        x, residual: fp32 or bf16 ``[rows, channels]``, on a GPU fp16 too; ``residual`` may be None.
         weight, bias: fp32 ``[channels]``.
         eps: added to the variance.
 
@@ -203,7 +203,10 @@ def add_layer_norm(
     Raises:
         RuntimeError: shapes do not fit.
     """
-    if select("add_layer_norm", x, residual, weight, bias) == "reference":
+    chosen = select("add_layer_norm", x, residual, weight, bias)
+    if chosen == "cuda":
+        return _cuda.add_layer_norm(x, residual, weight, bias, eps)
+    if chosen == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     return _norm_op(x, residual, weight, bias, eps)
 
@@ -294,6 +297,9 @@ def embed_layer_norm(
         RuntimeError: shapes do not fit, or an id lies outside its table.
     """
     args = (ids, positions, types, word, position, type, weight, bias, eps)
-    if select("embed_layer_norm", word, weight, bias) == "reference":
+    chosen = select("embed_layer_norm", word, weight, bias)
+    if chosen == "cuda":
+        return _cuda.embed_layer_norm(*args)
+    if chosen == "reference":
         return reference.embed_layer_norm(*args)
     return _embed_op(*args)

@@ -207,8 +207,9 @@ def linear(
         (qx, sx), (qw, sw) = _quantize_rows(wide), _quantize_rows(w)
         # Products of int8 summed over K < 2^38 terms are exact in fp64.
         y = ((qx.double() @ qw.double().t()).to(wide.dtype) * sx) * sw.t()
-    elif format == "bf16":
-        y = wide.bfloat16().to(wide.dtype) @ w.bfloat16().to(wide.dtype).t()
+    elif format in ("bf16", "fp16"):
+        rounded = torch.bfloat16 if format == "bf16" else torch.float16
+        y = wide.to(rounded).to(wide.dtype) @ w.to(rounded).to(wide.dtype).t()
     else:
         y = wide @ w.t()
     if bias is not None:
