@@ -60,7 +60,7 @@ def build_parser() -> ArgumentParser:
     _add_search(parser.add_argument_group("search"))
     _add_running(parser.add_argument_group("running"))
     ignored = parser.add_argument_group("accepted without effect, as in the original")
-    for name in ("no_cuda", "tokenized_input", "s2s_special_token", "s2s_add_segment", "s2s_share_segment"):
+    for name in ("tokenized_input", "s2s_special_token", "s2s_add_segment", "s2s_share_segment"):
         ignored.add_argument(f"--{name}", action="store_true", help="no effect")
     ignored.add_argument("--seed", type=int, default=123, help="no effect: decoding draws no random numbers")
     ignored.add_argument(
@@ -118,8 +118,15 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--dtype", choices=DTYPES, help="format of the linear layers' weights (default: fp32)")
-    add("--fp16", action="store_true", help="the original's half precision: stands for --dtype bf16")
+    add("--no_cuda", action="store_true", help="decode on the CPU even where there is a GPU")
+    add(
+        "--dtype", choices=DTYPES, help="format of the linear layers' weights; int8 on a CPU, fp16 on a GPU only (fp32)"
+    )
+    add(
+        "--fp16",
+        action="store_true",
+        help="the original's half precision: stands for --dtype fp16 on a GPU and for --dtype bf16 on a CPU",
+    )
     add(
         "--batch_size",
         type=int,
@@ -176,7 +183,7 @@ class Decoding:
         self.args = args
         self.group = group
         self.options = search_options(args)
-        self.dtype = args.dtype or ("bf16" if args.fp16 else "fp32")
+        self.device, self.dtype = "cpu", "fp32"
         if args.threads is not None and args.threads < 1:
             raise UserError(f"--threads must be at least 1, got {args.threads}")
         self._opened: list[Results] = []
@@ -184,6 +191,16 @@ class Decoding:
     def hint(self) -> str:
         """What to do after the run was cut short; may be empty."""
         return self._opened[-1].hint() if self._opened else ""
+
+    def _choose_device(self) -> None:
+        import torch
+
+        if torch.cuda.is_available() and not self.args.no_cuda:
+            self.device = f"cuda:{self.group.rank % self.group.local_size}"
+        half = "bf16" if self.device == "cpu" else "fp16"
+        self.dtype = self.args.dtype or (half if self.args.fp16 else "fp32")
+        if self.args.fp16 and self.device == "cpu":
+            self._note(f"half precision is for GPUs: the weights are held as {self.dtype}")
 
     def run(self) -> None:
         """Decodes with every checkpoint.
@@ -194,8 +211,7 @@ class Decoding:
         checkpoints = find_checkpoints(self.args.model_path)
         outputs = self._outputs(checkpoints)
         sources = self._sources()
-        if self.args.fp16:
-            self._note(f"half precision is for GPUs: the weights are held as {self.dtype}")
+        self._choose_device()
         set_threads(self.args.threads, self.group)
         self.group.connect()
         try:
@@ -284,7 +300,8 @@ class Decoding:
         if not share:
             return
         options = dataclasses.asdict(self.options)
-        for place, result in model.generate_stream([sources[i] for i in share], dtype=self.dtype, **options):
+        texts = [sources[i] for i in share]
+        for place, result in model.generate_stream(texts, dtype=self.dtype, device=self.device, **options):
             results.append(_record(share[place], result, self.options.need_score_traces))
             progress.advance()
 
@@ -335,7 +352,7 @@ class Decoding:
             "tokenizer": fingerprint.of_values(model.tokenizer.record() if model.tokenizer else {}),
             "dtype": self.dtype,
             **{name: getattr(self.options, name) for name in _ANSWER_OPTIONS},
-            "kernels": fingerprint.of_arithmetic(),
+            "kernels": fingerprint.of_arithmetic() if self.device == "cpu" else "cuda",
         }
 
     def _write(self, output: Destination, results: Results) -> None:

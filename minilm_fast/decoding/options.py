@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from minilm_fast.errors import UserError
 
-DTYPES = ("fp32", "bf16", "int8")
+DTYPES = ("fp32", "bf16", "int8", "fp16")
 MODES = ("s2s", "l2r")
 
 

@@ -15,6 +15,7 @@ import torch
 
 from minilm_fast import ops
 from minilm_fast.decoding.options import SearchOptions
+from minilm_fast.decoding.pooled import PooledSearch
 from minilm_fast.decoding.result import Hypothesis, Trace
 from minilm_fast.modeling.inference import DecodeCache, InferenceEngine
 
@@ -31,8 +32,8 @@ class SpecialIds:
     mask: int
 
 
-class _Live:
-    """State of the examples being decoded, one row each; tensors ``[E, ...]`` on the CPU."""
+class LiveExamples:
+    """State of the examples being decoded, one row each; tensors ``[E, ...]``."""
 
     FIELDS = (
         "example",
@@ -52,7 +53,13 @@ class _Live:
         "trace_parents",
     )
 
-    def __init__(self, examples: Sequence[int], slots: Sequence[int], options: SearchOptions) -> None:
+    def __init__(
+        self, examples: Sequence[int], slots: Sequence[int], options: SearchOptions, device: torch.device
+    ) -> None:
+        with device:
+            self._allocate(examples, slots, options)
+
+    def _allocate(self, examples: Sequence[int], slots: Sequence[int], options: SearchOptions) -> None:
         count, beams, length = len(examples), options.beam_size, options.max_tgt_length
         frames = length if options.need_score_traces else 0
         self.example = torch.tensor(examples, dtype=torch.int64)
@@ -74,11 +81,30 @@ class _Live:
     def __len__(self) -> int:
         return self.example.numel()
 
+    def clone(self) -> LiveExamples:
+        copy = object.__new__(LiveExamples)
+        for name in self.FIELDS:
+            setattr(copy, name, getattr(self, name).clone())
+        return copy
+
+    def at(self, rows: Sequence[int]) -> LiveExamples:
+        """Some of the examples, on the CPU."""
+        index = torch.tensor(rows, device=self.example.device)
+        some = object.__new__(LiveExamples)
+        for name in self.FIELDS:
+            setattr(some, name, getattr(self, name)[index].cpu())
+        return some
+
+    def copy(self, other: LiveExamples) -> None:
+        """Takes over the values of as many other examples, in place."""
+        for name in self.FIELDS:
+            getattr(self, name).copy_(getattr(other, name))
+
     def keep(self, rows: torch.Tensor) -> None:
         for name in self.FIELDS:
             setattr(self, name, getattr(self, name)[rows])
 
-    def extend(self, other: _Live) -> None:
+    def extend(self, other: LiveExamples) -> None:
         for name in self.FIELDS:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
@@ -102,8 +128,8 @@ class BeamSearch:
         self.engine = engine
         self.options = options
         self.special = special
-        self._ignored = torch.tensor(sorted(ignored), dtype=torch.int32)
-        frames = torch.arange(options.max_tgt_length, dtype=torch.float64)
+        self._ignored = torch.tensor(sorted(ignored), dtype=torch.int32, device=engine.device)
+        frames = torch.arange(options.max_tgt_length, dtype=torch.float64, device=engine.device)
         penalty = max(options.length_penalty, 0.0) if options.constrained else 0.0
         self._divisors = ((5 + frames + 1) / 6) ** penalty
         self._early_exit = options.early_exit and not options.need_score_traces
@@ -125,41 +151,48 @@ class BeamSearch:
             source_capacity=len(sources[waiting[0]]),
             steps=options.max_tgt_length + int(options.pos_shift),
         )
+        if self.engine.device.type == "cuda":
+            yield from PooledSearch(self, cache).run(sources, waiting)
+            return
         free = list(range(slots))
-        live: _Live | None = None
+        live: LiveExamples | None = None
         while waiting or live is not None:
-            if self._admits(len(free), slots, live, len(waiting)):
+            if self.admits(len(free), slots, live is not None, len(waiting)):
                 entering = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-                fresh = self._enter(sources, entering, [free.pop() for _ in entering], cache)
+                fresh = self.enter(sources, entering, [free.pop() for _ in entering], cache)
                 if live is None:
                     live = fresh
                 else:
                     live.extend(fresh)
             else:
                 assert live is not None
-                self._step(live, cache)
-            done = self._finished(live)
+                self.step(live, cache)
+            done = self.finished(live)
             if bool(done.any()):
                 for row in done.nonzero().flatten().tolist():
-                    yield int(live.example[row]), self._winner(live, row)
+                    yield int(live.example[row]), self.winner(live, row)
                 free.extend(live.slots[done].tolist())
                 live.keep(~done)
                 if not len(live):
                     live = None
 
-    def _admits(self, free: int, slots: int, live: _Live | None, waiting: int) -> bool:
+    def new_live(self, examples: Sequence[int], slots: Sequence[int]) -> LiveExamples:
+        """State of examples that have taken no step."""
+        return LiveExamples(examples, slots, self.options, self.engine.device)
+
+    def admits(self, free: int, slots: int, live: bool, waiting: int) -> bool:
         """Whether waiting sentences enter now: a few at a time, so that their products are not too small."""
         if not waiting or not free:
             return False
-        if live is None:
+        if not live:
             return True
         return self.options.continuous_batching and free >= max(1, slots // 8)
 
-    def _enter(
+    def enter(
         self, sources: Sequence[Sequence[int]], examples: list[int], slots: list[int], cache: DecodeCache
-    ) -> _Live:
+    ) -> LiveExamples:
         """Prefills the sources of new examples and takes their first step."""
-        live = _Live(examples, slots, self.options)
+        live = self.new_live(examples, slots)
         query = self.special.sep if self.options.pos_shift else self.special.mask
         hidden = []
         start = 0
@@ -186,7 +219,7 @@ class BeamSearch:
         self._advance(live, scores.view(len(live), -1), ids.view(len(live), -1), parents.view(len(live), -1))
         return live
 
-    def _step(self, live: _Live, cache: DecodeCache) -> None:
+    def step(self, live: LiveExamples, cache: DecodeCache) -> None:
         """One step of every live example."""
         mask = None if self.options.pos_shift else self.special.mask
         hidden = self.engine.step(live.last_ids, mask, live.slots, live.steps, live.ancestry, cache)
@@ -206,7 +239,7 @@ class BeamSearch:
         live.steps = live.steps + 1
         self._advance(live, scores, ids, parents)
 
-    def _predict(self, live: _Live, hidden: torch.Tensor, beams: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predict(self, live: LiveExamples, hidden: torch.Tensor, beams: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidates of each hypothesis under the constraints."""
         options = self.options
         if not options.constrained:
@@ -218,13 +251,13 @@ class BeamSearch:
         suppress = (live.frame + 1 <= options.min_len).repeat_interleave(beams)
         return self.engine.predict(hidden, options.beam_size, banned, self.special.sep, suppress)
 
-    def _advance(self, live: _Live, scores: torch.Tensor, ids: torch.Tensor, parents: torch.Tensor) -> None:
+    def _advance(self, live: LiveExamples, scores: torch.Tensor, ids: torch.Tensor, parents: torch.Tensor) -> None:
         """Enters the chosen hypotheses of a frame and keeps the best ended one."""
         live.scores, live.last_ids = scores, ids
         at = live.frame[:, None, None].expand(-1, self.options.beam_size, 1)
         live.tokens.scatter_(2, at, ids[:, :, None])
         if self.options.need_score_traces:
-            row = torch.arange(len(live))
+            row = torch.arange(len(live), device=live.frame.device)
             live.trace_scores[row, live.frame] = scores
             live.trace_ids[row, live.frame] = ids
             live.trace_parents[row, live.frame] = parents
@@ -243,7 +276,7 @@ class BeamSearch:
         live.all_ended = torch.where(all_ended, live.frame, live.all_ended)
         live.frame = live.frame + 1
 
-    def _finished(self, live: _Live) -> torch.Tensor:
+    def finished(self, live: LiveExamples) -> torch.Tensor:
         """Which examples have their answer: bool ``[E]``."""
         steps = self.options.max_tgt_length
         done = live.frame >= steps
@@ -259,7 +292,7 @@ class BeamSearch:
         bound = torch.where(bound < 0, bound / self._divisors[-1], bound)
         return done | (live.all_ended >= 0) | (live.best_score >= bound)
 
-    def _winner(self, live: _Live, row: int) -> Hypothesis:
+    def winner(self, live: LiveExamples, row: int) -> Hypothesis:
         frames = int(live.frame[row])
         last_frame = int(live.all_ended[row]) if live.all_ended[row] >= 0 else frames - 1
         trace = None

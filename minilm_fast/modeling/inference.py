@@ -1,8 +1,9 @@
 """The encoder with packed weights for decoding: prefill of sources, then one step at a time.
 
 Built from a configuration and a state dict with canonical names; independent of the trainable network. Biases and
-norms stay fp32, and so do the activations between operators; ``dtype`` is the format of the linear layers' weights.
-Unless it is fp32, sources attend in bf16 and keys and values are cached as bf16, which halves what a step reads.
+norms stay fp32; ``dtype`` is the format of the linear layers' weights. Unless it is fp32, sources attend in bf16 (with
+fp16 weights in fp16) and keys and values are cached so, which halves what a step reads. The activations between
+operators are fp32 on a CPU and of the cache's dtype on a GPU.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import torch
 
 from minilm_fast import ops
 from minilm_fast.config import Config
-from minilm_fast.modeling.packed_encoder import PackedBlock, PackedEncoder, PackedLinear, WeightReader
+from minilm_fast.modeling.packed_encoder import PackedBlock, PackedEncoder, PackedLinear, WeightReader, attention_dtype
 
 # The original's decoder normalises with 1e-5 whatever the configuration says.
 LAYER_NORM_EPS = 1e-5
 CAPACITY_MULTIPLE = 16
+
+
+def activation_dtype(format: str, device: torch.device) -> torch.dtype:
+    """The dtype of what passes between the operators for a format of the weights."""
+    return attention_dtype(format) if device.type == "cuda" else torch.float32
 
 
 class _LastLayer:
@@ -46,7 +52,8 @@ class DecodeCache:
         beams: hypotheses per example.
         source_capacity: longest source in tokens; rounded up to a multiple of 16.
         steps: longest history.
-        dtype: fp32 or bf16.
+        dtype: fp32, bf16 or fp16.
+        device: where it is.
     """
 
     def __init__(
@@ -60,13 +67,14 @@ class DecodeCache:
         source_capacity: int,
         steps: int,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
         capacity = -(-max(source_capacity, 1) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-        self.source_k = torch.empty(layers, slots, heads, head_dim, capacity, dtype=dtype)
-        self.source_v = torch.empty(layers, slots, heads, capacity, head_dim, dtype=dtype)
-        self.history_k = torch.empty(layers, slots, steps, beams, heads, head_dim, dtype=dtype)
+        self.source_k = torch.empty(layers, slots, heads, head_dim, capacity, dtype=dtype, device=device)
+        self.source_v = torch.empty(layers, slots, heads, capacity, head_dim, dtype=dtype, device=device)
+        self.history_k = torch.empty(layers, slots, steps, beams, heads, head_dim, dtype=dtype, device=device)
         self.history_v = torch.empty_like(self.history_k)
-        self.source_lengths = torch.zeros(slots, dtype=torch.int32)
+        self.source_lengths = torch.zeros(slots, dtype=torch.int32, device=device)
 
 
 class InferenceEngine:
@@ -75,26 +83,42 @@ class InferenceEngine:
     Args:
         config: shape of the model.
         state: fp32 tensors by canonical name.
-        dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``: format of the linear layers' weights.
+        dtype: format of the linear layers' weights: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"``, on a GPU ``"fp16"``.
+        device: where it computes.
 
     Raises:
         UserError: a weight that decoding needs is missing.
     """
 
-    def __init__(self, config: Config, state: Mapping[str, torch.Tensor], dtype: str = "fp32") -> None:
+    def __init__(
+        self,
+        config: Config,
+        state: Mapping[str, torch.Tensor],
+        dtype: str = "fp32",
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.config = config
         self.dtype = dtype
+        self.device = torch.device(device)
         self.heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5
-        reader = WeightReader(config, state, dtype, eps=LAYER_NORM_EPS, purpose="decoding")
+        reader = WeightReader(
+            config,
+            state,
+            dtype,
+            device=self.device,
+            eps=LAYER_NORM_EPS,
+            purpose="decoding",
+            activation_dtype=activation_dtype(dtype, self.device),
+        )
         last = config.num_hidden_layers - 1
         self._encoder = PackedEncoder(reader, last)
         self._last = _LastLayer(reader, last, self.heads)
         self._transform = reader.linear("cls.predictions.transform.dense")
         self._transform_norm = reader.norm("cls.predictions.transform")
         decoder = state.get("cls.predictions.decoder.weight", self._encoder.embed.word)
-        self._head = ops.pack_weight(decoder, dtype)
+        self._head = ops.pack_weight(decoder.to(self.device), dtype)
         self._head_bias = reader.get("cls.predictions.bias")
         self.relative_bias = self._encoder.relative_bias
 
@@ -108,7 +132,8 @@ class InferenceEngine:
             beams=beams,
             source_capacity=source_capacity,
             steps=steps,
-            dtype=torch.float32 if self.dtype == "fp32" else torch.bfloat16,
+            dtype=attention_dtype(self.dtype),
+            device=self.device,
         )
 
     def prefill(
@@ -132,20 +157,20 @@ class InferenceEngine:
             causal_source: the source sees only what is before it (mode ``l2r``).
 
         Returns:
-            fp32 ``[n, hidden]``: last hidden state of each query row.
+            ``[n, hidden]``: last hidden state of each query row.
         """
-        lengths = [len(s) for s in sources]
+        lengths, device = [len(s) for s in sources], self.device
         layout = (
-            ops.SequenceLayout.causal([n + 1 for n in lengths])
+            ops.SequenceLayout.causal([n + 1 for n in lengths], device)
             if causal_source
-            else ops.SequenceLayout.seq2seq(lengths, [1] * len(lengths))
+            else ops.SequenceLayout.seq2seq(lengths, [1] * len(lengths), device)
         )
-        ids = torch.tensor([token for s in sources for token in (*s, query_id)], dtype=torch.int32)
-        positions = torch.cat([torch.arange(n + 1, dtype=torch.int32) for n in lengths])
+        ids = torch.tensor([token for s in sources for token in (*s, query_id)], dtype=torch.int32).to(device)
+        positions = torch.cat([torch.arange(n + 1, dtype=torch.int32) for n in lengths]).to(device)
         types = torch.full_like(ids, self.config.source_type_id)
         query_rows = layout.cu_seqlens[1:].long() - 1
         types[query_rows] = self.config.target_type_id
-        counts = torch.tensor(lengths, dtype=torch.int32)
+        counts = torch.tensor(lengths, dtype=torch.int32).to(device)
         x = self._encoder.embed(ids, positions, types)
         for index, layer in enumerate(self._encoder.layers):
             x, k, v = self._encoder.run_layer(layer, x, positions, layout)
@@ -183,7 +208,7 @@ class InferenceEngine:
     ) -> torch.Tensor:
         """The last layer for the first query rows alone: they see their source, just stored, and themselves."""
         rows = x.shape[0]
-        scratch = torch.empty(cache.source_lengths.numel(), 1, 1, self.heads, self.head_dim, dtype=cache.source_k.dtype)
+        scratch = cache.source_k.new_empty(cache.source_lengths.numel(), 1, 1, self.heads, self.head_dim)
         context = ops.decode_attention(
             self._last.queries(x),
             k,
@@ -193,9 +218,9 @@ class InferenceEngine:
             cache.source_lengths,
             scratch,
             torch.empty_like(scratch),
-            torch.zeros(rows, 1, 1, dtype=torch.int32),
+            slots.new_zeros(rows, 1, 1),
             slots,
-            torch.zeros(rows, dtype=torch.int32),
+            slots.new_zeros(rows),
             1,
             self.scale,
             self.relative_bias,
@@ -220,7 +245,7 @@ class InferenceEngine:
             cache: changed in place.
 
         Returns:
-            fp32 ``[E * B, hidden]``: last hidden states of the rows that predict.
+            ``[E * B, hidden]``: last hidden states of the rows that predict.
         """
         examples, beams = last_ids.shape
         rows = 1 if mask_id is None else 2
@@ -228,7 +253,7 @@ class InferenceEngine:
         if mask_id is not None:
             ids = torch.cat([ids, torch.full_like(ids, mask_id)], dim=2)
         start = (cache.source_lengths[slots.long()] + steps)[:, None, None]
-        positions = (start + torch.arange(rows, dtype=torch.int32)).expand(examples, beams, rows)
+        positions = (start + torch.arange(rows, dtype=torch.int32, device=self.device)).expand(examples, beams, rows)
         ids = ids.reshape(-1)
         types = torch.full_like(ids, self.config.target_type_id)
         x = self._encoder.embed(ids, positions.contiguous().view(-1), types)

@@ -47,7 +47,7 @@ class Model:
         self.state = state
         self.tokenizer = tokenizer
         self._embedding: Callable[[], EmbeddingSettings] = EmbeddingSettings
-        self._engines: dict[tuple[str, str | None], InferenceEngine] = {}
+        self._engines: dict[tuple[str, str | None, str], InferenceEngine] = {}
         self._encoders: dict[tuple[str, str | None], PackedEncoder] = {}
 
     @classmethod
@@ -111,18 +111,19 @@ class Model:
         """
         checkpoint.save(folder, self.config, self.state, self.tokenizer)
 
-    def engine(self, dtype: str = "fp32") -> InferenceEngine:
-        """The weights packed for decoding, made at the first call for each dtype.
+    def engine(self, dtype: str = "fp32", device: str = "cpu") -> InferenceEngine:
+        """The weights packed for decoding, made at the first call for each dtype and device.
 
         Args:
-            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+            dtype: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"``, on a GPU ``"fp16"``.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
 
         Raises:
-            UserError: unknown dtype, or a weight that decoding needs is missing.
+            UserError: unknown dtype, no such device, or a weight that decoding needs is missing.
         """
-        key = self._packed_as(dtype)
+        key = (*self._packed_as(dtype, device), device)
         if key not in self._engines:
-            self._engines[key] = InferenceEngine(self.config, self.state, dtype)
+            self._engines[key] = InferenceEngine(self.config, self.state, dtype, device)
         return self._engines[key]
 
     def encoder(self, dtype: str = "fp32") -> PackedEncoder:
@@ -139,9 +140,14 @@ class Model:
             self._encoders[key] = PackedEncoder(WeightReader(self.config, self.state, dtype))
         return self._encoders[key]
 
-    def _packed_as(self, dtype: str) -> tuple[str, str | None]:
+    def _packed_as(self, dtype: str, device: str = "cpu") -> tuple[str, str | None]:
         if dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if device != "cpu" and not torch.cuda.is_available():
+            raise UserError(f"device {device}: PyTorch finds no GPU")
+        wrong = "fp16" if device == "cpu" else "int8"
+        if dtype == wrong:
+            raise UserError(f"--dtype {dtype} is not for {'a CPU' if device == 'cpu' else 'a GPU'}")
         return dtype, forced_backend()
 
     def encode(self, texts: str | Iterable[str], **options: Any) -> np.ndarray:
@@ -211,19 +217,22 @@ class Model:
         settings = settings.checked(self.config.max_position_embeddings)
         yield from Embedder(self.encoder(dtype), self.tokenizer, settings).blocks(texts, batch_size, num_proc)
 
-    def generate(self, inputs: Sequence[Source], *, dtype: str = "fp32", **options: Any) -> list[GenerationResult]:
+    def generate(
+        self, inputs: Sequence[Source], *, dtype: str = "fp32", device: str | None = None, **options: Any
+    ) -> list[GenerationResult]:
         """Decodes sources; results in input order. Arguments and errors as for :meth:`generate_stream`."""
-        found = dict(self.generate_stream(inputs, dtype=dtype, **options))
+        found = dict(self.generate_stream(inputs, dtype=dtype, device=device, **options))
         return [found[i] for i in range(len(inputs))]
 
     def generate_stream(
-        self, inputs: Sequence[Source], *, dtype: str = "fp32", **options: Any
+        self, inputs: Sequence[Source], *, dtype: str = "fp32", device: str | None = None, **options: Any
     ) -> Iterator[tuple[int, GenerationResult]]:
         """Decodes sources and yields ``(index, result)`` as each finishes.
 
         Args:
             inputs: texts, or lists of tokens (tokens unknown to the vocabulary are read as ``[UNK]``).
-            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` weights of the linear layers.
+            dtype: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"`` or on a GPU ``"fp16"`` weights of the linear layers.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``; by default the current GPU where there is one.
             **options: fields of :class:`~minilm_fast.decoding.options.SearchOptions`.
 
         Raises:
@@ -235,8 +244,12 @@ class Model:
         prepared = [PreparedSource(tokenizer, source, search_options) for source in inputs]
         self._check_positions(prepared, search_options)
         special = SpecialIds(tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         search = BeamSearch(
-            self.engine(dtype), search_options, special, ignored_ids(tokenizer, search_options.forbid_ignore_word)
+            self.engine(dtype, device),
+            search_options,
+            special,
+            ignored_ids(tokenizer, search_options.forbid_ignore_word),
         )
         for index, hypothesis in search.run([p.ids for p in prepared]):
             yield index, _result(tokenizer, prepared[index], hypothesis)

@@ -22,6 +22,11 @@ from minilm_fast.ops.encoder import can_fuse
 _FUSED_ACTIVATIONS = ("none", "gelu")
 
 
+def attention_dtype(format: str) -> torch.dtype:
+    """The dtype of attention where the linear layers' weights have this format."""
+    return {"fp32": torch.float32, "fp16": torch.float16}.get(format, torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class PackedLinear:
     """A linear layer ``[rows, in] -> [rows, out]``, with the activation that a configuration names."""
@@ -95,10 +100,11 @@ class WeightReader:
 
     Args:
         config, state: of the checkpoint; canonical names.
-        dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``: format of the linear layers' weights.
+        dtype: ``"fp32"``, ``"bf16"``, ``"int8"`` or, on a GPU, ``"fp16"``: format of the linear layers' weights.
         device: where the parts are put.
         eps: of the norms, by default what the configuration says.
         purpose: who needs the weights, for the error.
+        activation_dtype: of what passes between the operators.
     """
 
     def __init__(
@@ -110,8 +116,10 @@ class WeightReader:
         device: torch.device | str = "cpu",
         eps: float | None = None,
         purpose: str = "the encoder",
+        activation_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
+        self.activation_dtype = activation_dtype
         self.dtype = dtype
         self.device = torch.device(device)
         self._state = state
@@ -184,17 +192,18 @@ class PackedEmbeddings:
         self._position = reader.get(f"{base}.position_embeddings.weight")
         self._type = reader.get(f"{base}.token_type_embeddings.weight") if config.type_vocab_size else None
         self._norm = reader.norm(base)
+        self._dtype = reader.activation_dtype
         narrow = config.embedding_size != config.hidden_size
         self._project = reader.linear("bert.embeddings_project") if narrow else None
 
     def __call__(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-        """fp32 ``[tokens, hidden]`` of int32 ``[tokens]``; ``types`` are not read if the model has none."""
+        """``[tokens, hidden]`` of int32 ``[tokens]``; ``types`` are not read if the model has none."""
         norm = self._norm
         if self._type is None:
             types = None
         x = ops.embed_layer_norm(
             ids, positions, types, self.word, self._position, self._type, norm.weight, norm.bias, norm.eps
-        )
+        ).to(self._dtype)
         return x if self._project is None else self._project(x)
 
 
@@ -229,7 +238,7 @@ class PackedEncoder:
     @property
     def attention_dtype(self) -> torch.dtype:
         """The dtype of queries, keys and values."""
-        return torch.float32 if self.dtype == "fp32" else torch.bfloat16
+        return attention_dtype(self.dtype)
 
     def hidden_states(self, ids: Tensor, positions: Tensor, layout: ops.SequenceLayout) -> Tensor:
         """Outputs of the last layer, fp32 ``[tokens, hidden]``.
@@ -267,4 +276,4 @@ class PackedEncoder:
         bias = self.relative_bias
         at = None if bias is None else positions
         context, _ = ops.attention(q, k, v, layout, relative_bias=bias, position_ids=at)
-        return layer.block(context.float(), x), k, v
+        return layer.block(context.to(x.dtype), x), k, v

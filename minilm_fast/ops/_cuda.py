@@ -1,0 +1,83 @@
+"""What CUDA tensors run besides Triton: the C++ kernels of ``csrc/cuda``, and PyTorch's own operators put together.
+
+The plain products stay with cuBLAS, around which ``linear`` rounds, adds the bias and applies the activation. Nothing
+here waits for the device, so all of it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+KERNELS = {"decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "beam_step"}
+"""The operators with C++ kernels."""
+COMPOSED = {"pack_weight", "linear", "add_layer_norm", "embed_layer_norm"}
+"""The operators put together from others."""
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The formats of a packed weight that there are on CUDA: the weight in that dtype."""
+HEAD_SIZES = (32, 64, 128)
+MOST_CANDIDATES = 16
+
+
+def unusable(operator: str, device: torch.device) -> str | None:
+    """Why no CUDA implementation can run an operator on a device, but for the extension; None if one can."""
+    if operator not in KERNELS | COMPOSED:
+        return f"{operator} has no cuda implementation yet"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if operator in COMPOSED or torch._C._dispatch_has_kernel_for_dispatch_key(f"minilm_fast::{operator}", "CUDA"):
+        return None
+    return "the compiled extension was built without CUDA"
+
+
+def refuse_format(format: str) -> dict[str, str | None]:
+    """Why a packed weight of this format cannot be had."""
+    if format == "fp16":
+        return {"cpu": "the C++ kernels for the CPU have no format fp16"}
+    return {"cuda": None if format in FORMATS else f"the format {format} is not fp32, bf16 or fp16"}
+
+
+def refuse_decode(q: torch.Tensor, cache: torch.Tensor) -> dict[str, str | None]:
+    """Why the CUDA kernels of decoding cannot run for these queries (or keys) and this cache."""
+    if q.dtype != cache.dtype or q.dtype not in FORMATS.values():
+        return {"cuda": f"the tensors are {q.dtype} and the caches {cache.dtype}, not both fp16, bf16 or fp32"}
+    if q.shape[-1] not in HEAD_SIZES:
+        return {"cuda": f"the head size {q.shape[-1]} is none of 32, 64 and 128"}
+    return {}
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """:func:`minilm_fast.ops.linear` in the dtype of the weight."""
+    from minilm_fast.ops.norm import bias_gelu
+
+    rounded = x.to(weight.dtype)
+    if activation == "gelu":
+        return bias_gelu(F.linear(rounded, weight), bias).to(x.dtype)
+    return F.linear(rounded, weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """:func:`minilm_fast.ops.add_layer_norm` through the kernel of training."""
+    from minilm_fast.ops.norm import dropout_add_layer_norm
+
+    return dropout_add_layer_norm(x, residual, weight, bias, eps)
+
+
+def embed_layer_norm(
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    types: torch.Tensor | None,
+    word: torch.Tensor,
+    position: torch.Tensor,
+    type: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """:func:`minilm_fast.ops.embed_layer_norm`."""
+    total = F.embedding(ids, word) + F.embedding(positions, position)
+    if types is not None and type is not None:
+        total = total + F.embedding(types, type)
+    return F.layer_norm(total, weight.shape, weight, bias, eps)
