@@ -152,9 +152,10 @@ class Benchmark:
             )  # fmt: skip
 
     def _contestants(self) -> list[tuple[str, str]]:
-        """Names and dtypes in the order in which a round runs them; the first is the reference of the others."""
+        """Names and dtypes in the order in which a round runs them; the first, fp32 if any is, is the reference."""
         names = [*self.options.peers, OURS]
-        return [(name, dtype) for dtype in self.options.dtypes for name in names if dtype in offered(name)]
+        dtypes = [dtype for dtype in DTYPES if dtype in self.options.dtypes]
+        return [(name, dtype) for dtype in dtypes for name in names if dtype in offered(name)]
 
     def _run(self, folder: Path, threads: int) -> dict[str, Any]:
         cores = self.cores[:threads]
@@ -196,16 +197,15 @@ class Benchmark:
             built = worker.ask("build", name=name, job=job.to_json(), cores=cores)
             reference = job.folder / f"reference-{job.threads}.npz"
             agreement = worker.ask("check", reference=str(reference), write=not reference.exists())["agreement"]
+            wrong = _disagreement(job.dtype, agreement)
+            if wrong:
+                raise WorkerError(f"{label}: {wrong}")
         except (Unsupported, WorkerError) as error:
-            if name == OURS and isinstance(error, WorkerError):
+            # A peer that fails does not keep the others from being measured.
+            if name == OURS:
                 raise
             worker.close()
             left_out[label] = str(error)
-            return
-        wrong = _disagreement(job.dtype, agreement)
-        if wrong:
-            worker.close()
-            left_out[label] = wrong
             return
         systems.append(Contestant(name, job.dtype, worker, built["version"], built["settings"], 0, agreement))
 
