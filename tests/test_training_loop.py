@@ -21,7 +21,7 @@ from training_files import NO_DROPOUT, RUN, arguments, copy_model, write_example
 from minilm_fast import backend, checkpoint
 from minilm_fast.errors import UserError
 from minilm_fast.run_seq2seq import build_parser, main, make_trainer
-from minilm_fast.training import checkpointing, loop, memory
+from minilm_fast.training import checkpointing, loop
 from minilm_fast.training.distributed import World
 from minilm_fast.training.flops import queried_pairs, seen_pairs, sequence_to_sequence_flops
 from minilm_fast.training.loop import Trainer
@@ -442,22 +442,6 @@ def test_a_vocabulary_larger_than_the_models(run: Any, place: Path, tmp_path: Pa
     (tmp_path / "vocab.txt").write_text("\n".join([*words, *(f"word{i}" for i in range(500))]) + "\n")
     status, err = run(tokenizer_name=tmp_path / "vocab.txt")
     assert status == 2 and "entries, the checkpoint" in err.splitlines()[-1]
-
-
-def test_free_memory_goes_back_to_the_system() -> None:
-    """Blocks below glibc's threshold for mappings, with one in use above every hole."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists() or memory._malloc_trim() is None:
-        pytest.skip("needs Linux and glibc")
-
-    def resident() -> int:
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    held = [bytearray(b"x" * 100_000) for _ in range(2000)]
-    del held[::2]
-    before = resident()
-    memory.release_free_memory()
-    assert before - resident() > 50_000_000
 
 
 def test_a_finished_run_is_left_alone(finished: Path, run: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from minilm_fast.training import checkpointing
 from minilm_fast.training.checkpointing import RunFolder, checkpoint_folder
 from minilm_fast.training.distributed import World
 from minilm_fast.training.history import History
-from minilm_fast.training.memory import TRIM_EVERY, release_free_memory
+from minilm_fast.training.memory import keep_large_blocks
 from minilm_fast.training.optimizer import AdamW, linear_schedule, parameter_groups
 from minilm_fast.training.precision import Precision
 from minilm_fast.training.reporting import Meter, Reporter, StepReport, peak_flops
@@ -86,6 +86,8 @@ class Trainer:
         self.output_dir = output_dir
         self.world = world
         self.precision = Precision(options.precision, world.device)
+        if world.device.type == "cpu":
+            keep_large_blocks()
         task.module.to(world.device)
         self.optimizer = AdamW(
             parameter_groups(task.module, options.weight_decay), lr=options.learning_rate, eps=options.adam_epsilon
@@ -361,8 +363,6 @@ class Trainer:
 
     def _train_and_save(self, signals: DeferredSignals) -> None:
         report = self.train_step(lambda: signals.received)
-        if self.step % TRIM_EVERY == 0:
-            release_free_memory()
         assert self.reporter is not None
         self.reporter.step(self.step, report, self.skipped)
         start = time.perf_counter()
