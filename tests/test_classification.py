@@ -32,7 +32,7 @@ TEACHER = Path(__file__).parent / "goldens" / "distillation" / "teacher"
 WORDS = [f"w{i}" for i in range(92)]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

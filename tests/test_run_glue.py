@@ -32,7 +32,7 @@ from minilm_fast.data.glue import GLUE_TASKS, read_glue, read_glue_test
 from minilm_fast.run_glue import main
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -13,18 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilm_fast import checkpoint
 from minilm_fast.atomic import atomic_write
 from minilm_fast.data.classification import ClassificationFeatures
-from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers
-from minilm_fast.errors import UserError
 from minilm_fast.metrics.classification import METRICS
 from minilm_fast.modeling.classification import ClassificationBatch, SequenceClassifier
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.distributed import World
 from minilm_fast.training.flops import first_token_flops
+from minilm_fast.training.head_task import HeadTask
 from minilm_fast.training.precision import Precision
-from minilm_fast.training.task import StepData
 
 Sets = Mapping[str, ClassificationFeatures]
 """Data sets by name; one alone may have the name ``""``."""
@@ -110,7 +107,7 @@ def loss_sum(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-class ClassificationTask:
+class ClassificationTask(HeadTask):
     """Trains a classifier on features; also an :class:`minilm_fast.training.understanding.UnderstandingTask`.
 
     Args:
@@ -122,7 +119,7 @@ class ClassificationTask:
         on_report: called in the first process with what :meth:`report` found, and the output folder.
     """
 
-    find_unused_parameters = False
+    model: SequenceClassifier
 
     def __init__(
         self,
@@ -138,44 +135,22 @@ class ClassificationTask:
         submissions: Sequence[Submission] = (),
         on_report: Callable[[Mapping[str, float], Path], None] | None = None,
     ) -> None:
-        self.module = ClassificationModule(model, options.regression)
-        self.model = model
-        self.tokenizer = tokenizer
+        module = ClassificationModule(model, options.regression)
+        super().__init__(module, model, tokenizer, features.lengths, options, world, identity, batches_per_group=1)
         self.features = features
         self.dev = dict(dev)
         self.options = options
-        self.world = world
-        self.identity = dict(identity or {})
         self.test = dict(test or {})
         self.submissions = submissions
         self.on_report = on_report
-        if len(features):
-            self.order = LengthGroupedBatches(features.lengths, options.per_gpu_train_batch_size, options.seed, 1)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """See :class:`minilm_fast.training.task.Task`."""
-        options = self.options
-        per_step = self.world.size * options.gradient_accumulation_steps
-        return {
-            "per_gpu_train_batch_size": options.per_gpu_train_batch_size,
-            "gradient_accumulation_steps x processes": per_step,
-            **self.identity,
-        }
+    def training_batch(self, indices: Sequence[int]) -> ClassificationBatch:
+        """See :class:`HeadTask`."""
+        return self._collate(self.features, indices)
 
-    def step_data(self, step: int) -> StepData:
-        """See :class:`minilm_fast.training.task.Task`."""
-        count, size = self.options.gradient_accumulation_steps, self.world.size
-        chosen = [self.order[number] for number in batch_numbers(step, count * size)]
-        lengths = self.features.lengths[[index for batch in chosen for index in batch]]
-        config = self.model.config
-        forward = first_token_flops(config, lengths)
-        return StepData(
-            batches=[self._collate(self.features, batch) for batch in chosen[self.world.rank :: size]],
-            normalizer=None,
-            tokens=int(lengths.sum()),
-            flops=3 * forward,
-            state=self.data_state(),
-        )
+    def forward_flops(self, lengths: np.ndarray) -> float:
+        """See :class:`HeadTask`."""
+        return first_token_flops(self.model.config, lengths)
 
     def _collate(self, features: ClassificationFeatures, chosen: Iterable[int]) -> ClassificationBatch:
         return ClassificationBatch.collate(
@@ -183,13 +158,6 @@ class ClassificationTask:
             scores=self.options.regression,
             multiple=self.options.pad_to_multiple_of,
         )
-
-    def data_state(self) -> dict[str, Any]:
-        """See :class:`minilm_fast.training.task.Task`; the number of a step says all."""
-        return {}
-
-    def load_data_state(self, state: Mapping[str, Any]) -> None:
-        """See :class:`minilm_fast.training.task.Task`."""
 
     @torch.no_grad()
     def logits(self, features: ClassificationFeatures, world: World, precision: Precision) -> np.ndarray:
@@ -267,17 +235,3 @@ class ClassificationTask:
 
             world.on_main(write)
         return paths
-
-    def save_weights(self, folder: Path) -> None:
-        """See :class:`minilm_fast.training.task.Task`; ``AutoModelForSequenceClassification`` loads it."""
-        self.model.save_pretrained(folder, self.tokenizer, weight_format=self.options.save_format)
-
-    def load_weights(self, folder: Path) -> None:
-        """See :class:`minilm_fast.training.task.Task`."""
-        loaded = checkpoint.load(folder, for_training=True)
-        state = {**loaded.state, **loaded.extra_state}
-        own = self.model.state_dict()
-        wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
-        if wrong:
-            raise UserError(f"{folder}: {wrong[0]} of shape {list(own[wrong[0]].shape)} is missing")
-        self.model.load_state_dict({name: state[name] for name in own})

@@ -13,17 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilm_fast import checkpoint
 from minilm_fast.atomic import atomic_write
 from minilm_fast.data.answer_windows import Window
-from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers
 from minilm_fast.decoding.answers import AnswerOptions, Prediction, choose_answers
-from minilm_fast.errors import UserError
 from minilm_fast.metrics.squad import average, squad_scores, squad_v2_scores
 from minilm_fast.modeling.question_answering import QuestionAnswerer, QuestionAnsweringBatch, span_losses
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.distributed import World
 from minilm_fast.training.flops import encoder_flops
+from minilm_fast.training.head_task import HeadTask
 from minilm_fast.training.precision import Precision
 from minilm_fast.training.task import StepData
 
@@ -79,7 +77,7 @@ class QuestionAnsweringModule(nn.Module):
         return losses.sum() / (len(losses) if normalizer is None else normalizer)
 
 
-class QuestionAnsweringTask:
+class QuestionAnsweringTask(HeadTask):
     """Trains on windows.
 
     Args:
@@ -90,7 +88,7 @@ class QuestionAnsweringTask:
         on_report: called in the first process with what :meth:`report` found for each set, and the output folder.
     """
 
-    find_unused_parameters = False
+    model: QuestionAnswerer
 
     def __init__(
         self,
@@ -105,56 +103,34 @@ class QuestionAnsweringTask:
         test: Sequence[QuestionSet] = (),
         on_report: Callable[[Mapping[str, Mapping[str, float]], Path], None] | None = None,
     ) -> None:
-        self.module = QuestionAnsweringModule(model)
-        self.model = model
-        self.tokenizer = tokenizer
+        lengths = [len(window) for window in windows]
+        super().__init__(
+            QuestionAnsweringModule(model), model, tokenizer, lengths, options, world, identity, batches_per_group=64
+        )
         self.windows = windows
         self.dev = dev
         self.options = options
-        self.world = world
-        self.identity = dict(identity or {})
         self.test = test
         self.on_report = on_report
         # Predictions of the weights as they are.
         self._known: dict[QuestionSet, dict[str, Prediction]] = {}
-        if len(windows):
-            lengths = [len(window) for window in windows]
-            self.order = LengthGroupedBatches(lengths, options.per_gpu_train_batch_size, options.seed)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """See :class:`minilm_fast.training.task.Task`."""
-        options = self.options
-        return {
-            "per_gpu_train_batch_size": options.per_gpu_train_batch_size,
-            "gradient_accumulation_steps x processes": self.world.size * options.gradient_accumulation_steps,
-            **self.identity,
-        }
 
     def step_data(self, step: int) -> StepData:
-        """See :class:`minilm_fast.training.task.Task`."""
+        """See :class:`HeadTask`."""
         self._known.clear()
-        count, size = self.options.gradient_accumulation_steps, self.world.size
-        chosen = [[self.windows[i] for i in self.order[number]] for number in batch_numbers(step, count * size)]
-        lengths = np.array([len(window) for windows in chosen for window in windows])
+        return super().step_data(step)
+
+    def training_batch(self, indices: Sequence[int]) -> QuestionAnsweringBatch:
+        """See :class:`HeadTask`."""
+        return self._collate([self.windows[i] for i in indices])
+
+    def forward_flops(self, lengths: np.ndarray) -> float:
+        """See :class:`HeadTask`."""
         config = self.model.config
-        forward = encoder_flops(config, int(lengths.sum()), int((lengths**2).sum()), config.num_hidden_layers)
-        return StepData(
-            batches=[self._collate(windows) for windows in chosen[self.world.rank :: size]],
-            normalizer=None,
-            tokens=int(lengths.sum()),
-            flops=3 * forward,
-            state=self.data_state(),
-        )
+        return encoder_flops(config, int(lengths.sum()), int((lengths**2).sum()), config.num_hidden_layers)
 
     def _collate(self, windows: Sequence[Window]) -> QuestionAnsweringBatch:
         return QuestionAnsweringBatch.collate(windows, self.options.pad_to_multiple_of)
-
-    def data_state(self) -> dict[str, Any]:
-        """See :class:`minilm_fast.training.task.Task`; the number of a step says all."""
-        return {}
-
-    def load_data_state(self, state: Mapping[str, Any]) -> None:
-        """See :class:`minilm_fast.training.task.Task`."""
 
     @torch.no_grad()
     def logits(self, windows: Sequence[Window], world: World, precision: Precision) -> list[np.ndarray]:
@@ -258,20 +234,10 @@ class QuestionAnsweringTask:
         world.on_main(write)
         return list(files)
 
-    def save_weights(self, folder: Path) -> None:
-        """See :class:`minilm_fast.training.task.Task`; ``AutoModelForQuestionAnswering`` loads it."""
-        self.model.save_pretrained(folder, self.tokenizer, weight_format=self.options.save_format)
-
     def load_weights(self, folder: Path) -> None:
-        """See :class:`minilm_fast.training.task.Task`."""
+        """See :class:`HeadTask`."""
         self._known.clear()
-        loaded = checkpoint.load(folder, for_training=True)
-        state = {**loaded.state, **loaded.extra_state}
-        own = self.model.state_dict()
-        wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
-        if wrong:
-            raise UserError(f"{folder}: {wrong[0]} of shape {list(own[wrong[0]].shape)} is missing")
-        self.model.load_state_dict({name: state[name] for name in own})
+        super().load_weights(folder)
 
 
 def _pieces(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
