@@ -42,9 +42,11 @@ def _sources() -> list[Path]:
 
 def _digest() -> str:
     """Names a build: everything that goes into it."""
-    folders = (ROOT / "csrc" / "cuda", ROOT / "csrc" / "include", EMULATION)
+    include = ROOT / "csrc" / "include"
+    files = [*(ROOT / "csrc" / "cuda").iterdir(), *EMULATION.iterdir(), include / "checks.h"]
+    files += [*include.glob("*.cuh"), *include.glob("*cuda*.h")]
     digest = hashlib.sha256(f"{torch.__version__} {COMPILER} {FLAGS} {os.getuid()}".encode())
-    for path in sorted(path for folder in folders for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in files if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

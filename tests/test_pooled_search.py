@@ -18,8 +18,8 @@ from minilm_fast.modeling.model import Model
 SPECIAL = SpecialIds(sep=3, pad=0, mask=4)
 
 
-@pytest.fixture(scope="module")
-def engine() -> InferenceEngine:
+def small_model() -> tuple[Config, dict[str, torch.Tensor]]:
+    """Random weights, inclined to end, at different lengths."""
     config = Config(
         vocab_size=60,
         hidden_size=64,
@@ -29,17 +29,21 @@ def engine() -> InferenceEngine:
         max_position_embeddings=64,
     )
     state = Model.from_config(config, seed=5).state
-    # Inclined to end, at different lengths.
     state["cls.predictions.bias"][3] += 18.0
-    return InferenceEngine(config, state)
+    return config, state
 
 
-def _sources() -> list[list[int]]:
+@pytest.fixture(scope="module")
+def engine() -> InferenceEngine:
+    return InferenceEngine(*small_model())
+
+
+def random_sources() -> list[list[int]]:
     torch.manual_seed(2)
     return [torch.randint(5, 60, (n,)).tolist() for n in (9, 1, 17, 4, 30, 12, 3, 21, 8, 2, 25)]
 
 
-def _in_pool(search: BeamSearch, sources: list[list[int]], slots: int) -> dict[int, Hypothesis]:
+def in_pool(search: BeamSearch, sources: list[list[int]], slots: int) -> dict[int, Hypothesis]:
     options = search.options
     cache = search.engine.new_cache(
         slots=slots,
@@ -67,8 +71,8 @@ def _in_pool(search: BeamSearch, sources: list[list[int]], slots: int) -> dict[i
 @pytest.mark.parametrize("slots", [1, 4, 11])
 def test_answers_are_those_of_the_plain_search(engine: InferenceEngine, options: dict[str, object], slots: int) -> None:
     search = BeamSearch(engine, SearchOptions(batch_size=slots, max_tgt_length=12, **options), SPECIAL, ignored=[7])
-    sources = _sources()
+    sources = random_sources()
     plain = dict(search.run(sources))
-    assert _in_pool(search, sources, slots) == plain
+    assert in_pool(search, sources, slots) == plain
     assert sorted(plain) == list(range(len(sources)))
     assert len({len(hypothesis.ids) for hypothesis in plain.values()}) > 1 or "early_exit" in options

@@ -1,0 +1,120 @@
+"""The CUDA kernels on a GPU, against the same specifications as emulated. Skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import decode_steps
+import pytest
+import torch
+from decode_steps import Shape
+from kernel_checks import assert_accurate
+from test_pooled_search import SPECIAL, random_sources, small_model
+
+from minilm_fast import backend, ops
+from minilm_fast.decoding.options import SearchOptions
+from minilm_fast.decoding.search import BeamSearch
+from minilm_fast.modeling.inference import InferenceEngine
+from minilm_fast.ops import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _to_device(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(lengths=(0, 17, 40, 1), bias=5),
+        Shape(lengths=(0, 90, 40, 1), source=96, size=64, rows=1),
+        Shape(lengths=(700, 64), steps=(210, 99), beams=9, source=704, history=211, size=128, bias=900),
+    ],
+    ids=["small", "middle", "large"],
+)
+def test_decode_attention(dtype: torch.dtype, shape: Shape) -> None:
+    arguments = decode_steps.arguments(shape, dtype, dtype)
+    mine, theirs = _to_device(arguments), decode_steps.copy(arguments)
+    with backend("cuda"):
+        out = ops.decode_attention(**mine)
+    eager = reference.decode_attention(**theirs)
+    exact = reference.decode_attention(**decode_steps.copy(arguments, torch.float64))
+    assert_accurate(out.cpu(), eager, exact)
+    for name in ("history_k", "history_v", "source_k", "source_v"):
+        assert torch.equal(decode_steps.bits(mine[name].cpu()), decode_steps.bits(theirs[name]))
+    with backend("cuda"):
+        assert torch.equal(out, ops.decode_attention(**_to_device(arguments)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_store_source_small(dtype: torch.dtype) -> None:
+    integers = [torch.tensor(x, dtype=torch.int32) for x in ([0, 20, 20, 155], [18, 0, 133], [2, 0, 3])]
+    k, v = torch.randn(155, 2, 3, 32).to(dtype).unbind(1)
+    theirs = [torch.zeros(4, 3, 32, 144, dtype=dtype), torch.zeros(4, 3, 144, 32, dtype=dtype)]
+    theirs.append(torch.zeros(4, dtype=torch.int32))
+    mine = [x.cuda() for x in theirs]
+    with backend("cuda"):
+        ops.store_source(k.cuda(), v.cuda(), *(x.cuda() for x in integers), *mine)
+    reference.store_source(k, v, *integers, *theirs)
+    assert all(torch.equal(ours.cpu(), expected) for ours, expected in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(5, 300), (160, 30522)], ids=["small", "large"])
+def test_lm_head_topk(format: str, rows: int, vocabulary: int) -> None:
+    x, weight, bias = torch.randn(rows, 384), torch.randn(vocabulary, 384) * 0.05, torch.randn(vocabulary)
+    banned = torch.randint(-1, vocabulary, (rows, 9), dtype=torch.int32)
+    suppress = torch.arange(rows) % 2 == 0
+    x = x.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[format])
+    with backend("cuda"):
+        packed = ops.pack_weight(weight.cuda(), format)
+        values, ids = ops.lm_head_topk(
+            x.cuda(), packed, bias.cuda(), 5, banned=banned.cuda(), suppress_id=3, suppress=suppress.cuda()
+        )
+    exact, order = reference.lm_head_topk(
+        *(x.double(), packed.data.cpu().double(), bias.double(), "fp32", vocabulary, banned, 3, suppress)
+    )
+    scores = torch.empty_like(exact).scatter_(1, order.long(), exact)
+    torch.testing.assert_close(values.cpu().double(), exact[:, :5], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(values.cpu().double(), scores.gather(1, ids.cpu().long()), rtol=1e-5, atol=1e-4)
+
+
+def test_beams_and_ngrams_small() -> None:
+    tokens, lengths = torch.randint(0, 4, (50, 70), dtype=torch.int32), torch.randint(0, 71, (50,), dtype=torch.int32)
+    ignored = torch.tensor([1], dtype=torch.int32)
+    candidates, scores = torch.randn(7, 5, 5), torch.randn(7, 5)
+    ids = torch.randint(0, 9, (7, 5, 5), dtype=torch.int32)
+    last = torch.randint(0, 9, (7, 5), dtype=torch.int32)
+    with backend("cuda"):
+        banned = ops.ban_repeated_ngrams(tokens.cuda(), lengths.cuda(), 3, ignored.cuda())
+        chosen = ops.beam_step(candidates.cuda(), ids.cuda(), scores.cuda(), last.cuda(), 3)
+    assert torch.equal(banned.cpu(), reference.ban_repeated_ngrams(tokens, lengths, 3, ignored))
+    expected = reference.beam_step(candidates, ids, scores, last, 3)
+    assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(chosen, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beam_size": 3, "length_penalty": 0.7, "forbid_duplicate_ngrams": True, "ngram_size": 2, "min_len": 4},
+        {"beam_size": 2, "pos_shift": True},
+    ],
+)
+def test_decoding_gives_the_answers_of_the_cpu(options: dict[str, object]) -> None:
+    """Steps are replays of a graph."""
+    config, state = small_model()
+    sources = random_sources()
+    chosen = SearchOptions(batch_size=4, max_tgt_length=12, **options)
+    plain = dict(BeamSearch(InferenceEngine(config, state), chosen, SPECIAL, ignored=[7]).run(sources))
+    engine = InferenceEngine(config, state, device="cuda")
+    found = dict(BeamSearch(engine, chosen, SPECIAL, ignored=[7]).run(sources))
+    assert {index: hypothesis.ids for index, hypothesis in found.items()} == {i: h.ids for i, h in plain.items()}
+    for index, hypothesis in plain.items():
+        assert found[index].score == pytest.approx(hypothesis.score, abs=1e-3)
