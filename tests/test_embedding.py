@@ -102,7 +102,7 @@ def test_no_texts(model: Model) -> None:
         ({"max_seq_length": 97}, "max_seq_length must be from 3 to the model's 96, got 97"),
         ({"max_seq_length": 2}, "got 2"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"dtype": "fp16"}, "got 'fp16'"),
+        ({"dtype": "int4"}, "got 'int4'"),
     ],
 )
 def test_bad_options(model: Model, options: dict, message: str) -> None:

@@ -73,8 +73,9 @@ def test_int8_is_exact(isa: str, shape: tuple[int, int, int], dtype: torch.dtype
     assert torch.equal(out, reference.linear(x, weight, bias, "int8", "none"))
     assert torch.equal(without_bias, reference.linear(x, weight, None, "int8", "none"))
     eager = reference.linear(x, weight, bias, "int8", "gelu")
-    tolerance = 1e-6 if dtype == torch.float32 else 2.0**-7
-    torch.testing.assert_close(activated, eager, rtol=tolerance, atol=1e-6)
+    # In bf16 the GELU itself is exact to 2e-4 only.
+    relative, absolute = (1e-6, 1e-6) if dtype == torch.float32 else (2.0**-7, 3e-4)
+    torch.testing.assert_close(activated, eager, rtol=relative, atol=absolute)
 
 
 @pytest.mark.parametrize("isa", ISAS)

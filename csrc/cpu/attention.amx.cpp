@@ -1,5 +1,6 @@
 #include "amx_tile.h"
 #include "attention_kernel.h"
+#include "attention_whole.h"
 
 namespace minilm_fast {
 namespace {
@@ -116,8 +117,13 @@ class AmxAttentionHead : AttentionRows<Bf16> {
 }  // namespace
 
 void attention_amx(const AttentionProblem& problem, const AttentionTask& task, float* scratch) {
-  Buffers buffers;
   TileRegisters registers;
+  if (WholeAttention::fits(problem, task)) {
+    WholeBuffers buffers;
+    WholeAttention(problem, task, scratch, buffers).run();
+    return;
+  }
+  Buffers buffers;
   AmxAttentionHead(problem, task, scratch, buffers).run();
 }
 

@@ -99,7 +99,6 @@ class Group {
     context_ = carver.take<char>(tokens_ * e_.hidden * e);
     inner_ = carver.take<char>(block * e_.inner * e);
     sums_ = carver.take<float>(block * e_.hidden * 4);
-    lse_ = carver.take<float>(e_.heads * tokens_ * 4);
     packed_ = carver.take<char>(packed_bytes(block));
     problem_ = make_problem();
     attention_ = carver.take<float>(4 * attention_scratch(problem_, e_.longest));
@@ -133,7 +132,6 @@ class Group {
     problem.k = projection_ + part;
     problem.v = projection_ + 2 * part;
     problem.out = context_;
-    problem.lse = lse_;
     problem.bf16 = e_.bf16();
     problem.tokens = problem.queries = tokens_;
     problem.heads = e_.heads;
@@ -209,7 +207,7 @@ class Group {
   int64_t first_, tokens_;
   float* out_;
   char *projection_, *context_, *inner_, *packed_;
-  float *sums_, *lse_, *attention_;
+  float *sums_, *attention_;
   AttentionProblem problem_;
   int64_t bytes_;
 };

@@ -8,7 +8,7 @@ namespace minilm_fast {
 struct AttentionProblem {
   const void *q, *k, *v;
   void* out;   // [queries, heads, size], contiguous
-  float* lse;  // [heads, queries]
+  float* lse;  // [heads, queries], or null
   bool bf16;   // storage of q, k, v and out; otherwise fp32
   int64_t tokens, queries, heads, size;
   int64_t q_token, q_head, k_token, k_head, v_token, v_head;

@@ -97,7 +97,7 @@ class AttentionRows {
     for (int r = 0; r < rows; ++r) {
       const int64_t to = t_.query + row + r;
       write_row(tile, r, p_.size, static_cast<T*>(p_.out) + (to * p_.heads + t_.head) * p_.size);
-      p_.lse[t_.head * p_.queries + to] = log_sum_exp(tile, r);
+      if (p_.lse != nullptr) p_.lse[t_.head * p_.queries + to] = log_sum_exp(tile, r);
     }
   }
 

@@ -36,5 +36,19 @@ inline Float gelu(Float x) {
   return maximum(x, Float{}) - t * q;
 }
 
+// Erf-GELU to 2e-4, for results that are rounded to bf16: max(x, 0) - t Phi(-t) with t = min(|x|, 4), and Phi(t) - 1/2
+// as an odd polynomial whose error in the result is least.
+inline Float gelu_for_bf16(Float x) {
+  const Float t = minimum(splat(4.0f), absolute(x)), u = t * t;
+  Float p = splat(2.2473653160659524e-08f);
+  p = p * u - 1.5830187294341158e-06f;
+  p = p * u + 4.76497552881483e-05f;
+  p = p * u - 0.0008110962808132172f;
+  p = p * u + 0.008758487179875374f;
+  p = p * u - 0.06454320251941681f;
+  p = p * u + 0.39786240458488464f;
+  return maximum(x, Float{}) + t * (p * t - 0.5f);
+}
+
 }  // namespace
 }  // namespace minilm_fast

@@ -26,11 +26,14 @@ inline Float scaled_sum(const Product& product, int64_t row, int64_t feature, co
   return rounded(scaled * load(product.weight->scales + feature));
 }
 
-template <bool kGelu, class Sum>
+template <bool kGelu, class Out, class Sum>
 inline Float result(const Product& product, int64_t row, int64_t feature, const Sum* sum, int64_t left) {
   Float y = scaled_sum(product, row, feature, sum);
   if (product.bias) y += load_part(product.bias + feature, left);
-  if constexpr (kGelu) y = gelu(y);
+  if constexpr (kGelu && sizeof(Out) == 2)
+    y = gelu_for_bf16(y);
+  else if constexpr (kGelu)
+    y = gelu(y);
   return y;
 }
 
@@ -44,10 +47,10 @@ inline void finish_rows_as(const Product& product, const Sums<Sum>& sums, int64_
     Out* out = static_cast<Out*>(product.out) + row * product.out_stride + column;
     if (left >= width) {
       for (int64_t v = 0; v < width; v += kWidth)
-        store(out + v, result<kGelu>(product, row, feature + v, sum + v, kWidth));
+        store(out + v, result<kGelu, Out>(product, row, feature + v, sum + v, kWidth));
     } else {
       for (int64_t v = 0; v < left; v += kWidth)
-        store_part(out + v, result<kGelu>(product, row, feature + v, sum + v, left - v), left - v);
+        store_part(out + v, result<kGelu, Out>(product, row, feature + v, sum + v, left - v), left - v);
     }
   }
 }

@@ -1,6 +1,7 @@
 """Linear layers and the vocabulary projection over a weight that is packed once.
 
-``linear``: ``y = activation(x w^T + b)``, the erf-GELU fused. Formats of a packed weight:
+``linear``: ``y = activation(x w^T + b)``, the erf-GELU fused (to 5e-7, or 2e-4 where the
+result is bf16). Formats of a packed weight:
 
 * ``fp32``: exact;
 * ``bf16``, ``fp16``: weight and activations rounded to it, products summed in fp32; on CUDA the activations that come
