@@ -148,7 +148,7 @@ class Benchmark:
             self.prepared = worker.ask(
                 "prepare", model=self.model, shape=options.shape, folder=folder, texts=[str(p) for p in options.texts],
                 count=options.count, batch=options.batch, max_length=options.max_length, equal=options.equal,
-                peers=options.peers, seed=options.seed,
+                peers=options.peers, dtypes=options.dtypes, seed=options.seed,
             )  # fmt: skip
 
     def _contestants(self) -> list[tuple[str, str]]:
@@ -214,7 +214,7 @@ class Benchmark:
         return {
             "machine": machine.describe(),
             "model": options.model or "random weights",
-            "texts": [path.name for path in options.texts],
+            "texts": [str(Path(path.parent.name) / path.name) for path in options.texts],
             "shape": self.prepared["shape"],
             "cases": self.prepared["cases"],
             "rounds": options.rounds,

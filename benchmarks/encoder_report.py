@@ -26,7 +26,8 @@ from minilm_fast.errors import UserError
 
 BEGIN, END = "<!-- written by benchmarks/encoder.py -->", "<!-- end -->"
 NOTE = (
-    "Medians over the rounds, on the clock. Tokens are real ones: padding counts as time, never as work. Of the peak: "
+    "Medians over the rounds, on the clock; least cpu-ms: CPU-milliseconds of all threads in the least disturbed round. "
+    "Tokens are real ones: padding counts as time, never as work. Of the peak: "
     "what the products of the real tokens would take at the speed of torch's largest products in that dtype on these "
     "cores, over the time taken. Ours: how many times faster it is than the row, "
     "each ratio taken within a round. Others: cores that other processes kept busy. "
@@ -85,12 +86,16 @@ def _heading(results: dict[str, Any]) -> str:
     for case in results["cases"]:
         lengths = case["lengths"]
         lines.append(
-            f"{case['name']}: {case['sequences']} sequences of {min(lengths)} to {max(lengths)} tokens, "
+            f"{case['name']}: {case['sequences']} sequences of {_span(lengths)} tokens, "
             f"{case['tokens'] / case['sequences']:.1f} on average; {case['tokens']:,} in all, "
             f"{case['padded']:,} when padded"
         )
     systems = {label(s): f"{s['version']}; {s['settings']}" for run in results["runs"] for s in run["systems"]}
     return "\n".join(lines + [f"{name}: {about}" for name, about in systems.items()])
+
+
+def _span(lengths: Sequence[int]) -> str:
+    return f"{min(lengths)} to {max(lengths)}" if len(set(lengths)) > 1 else f"{lengths[0]}"
 
 
 def _peaks(run: dict[str, Any]) -> str:
@@ -117,7 +122,7 @@ def _wall(system: dict[str, Any], case: dict[str, Any]) -> float:
 
 def _case(results: dict[str, Any], run: dict[str, Any], case: dict[str, Any]) -> str:
     ours = [system for system in run["systems"] if system["name"] == OURS]
-    header = [case["name"], "tokens/s", "ms (range)", "of the peak", "others", "difference", "cosine"]
+    header = [case["name"], "tokens/s", "ms (range)", "least cpu-ms", "of the peak", "others", "difference", "cosine"]
     header += [f"ours {system['dtype']}" for system in ours]
     rows = []
     for system in run["systems"]:
@@ -131,6 +136,7 @@ def _case(results: dict[str, Any], run: dict[str, Any], case: dict[str, Any]) ->
                 label(system),
                 f"{case['tokens'] / wall:,.0f}",
                 f"{1e3 * wall:,.2f} ({low * scale:,.2f}-{high * scale:,.2f})",
+                f"{scale * series.spread('cpu')[0]:,.2f}",
                 f"{100 * rate / run['peak_operations_per_second'][system['dtype']]['wall']:.0f}%",
                 f"{sum(r['others'] for r in series.runs) / len(series.runs):.1f}",
                 f"{agreement['difference']:.1g}",
@@ -177,7 +183,7 @@ def markdown(results: dict[str, Any]) -> str:
     """The table of the documentation: tokens a second of every system in every case, and ours against each peer."""
     host, cases = results["machine"], results["cases"]
     lines = [
-        f"{host['cpu']}, {', '.join(host['extensions'])}; {results['model']}, {results['rounds']} rounds. Tokens a "
+        f"{host['cpu']}, {', '.join(host['extensions'])}; {results['model']}, median of {results['rounds']}. Tokens a "
         "second, in brackets how many times faster minilm_fast is in the same dtype.",
     ]
     for run in results["runs"]:

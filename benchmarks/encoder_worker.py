@@ -33,7 +33,7 @@ class Session:
 
     def prepare(
         self, model: str | None, shape: str, folder: str, texts: list[str], count: int, batch: int, max_length: int,
-        equal: list[list[int]], peers: list[str], seed: int,
+        equal: list[list[int]], peers: list[str], dtypes: list[str], seed: int,
     ) -> dict[str, Any]:  # fmt: skip
         """Writes the cases, and the model in every form that the peers load.
 
@@ -54,7 +54,7 @@ class Session:
             "model": str(job.model),
             "shape": asdict(shaped),
             "cases": [_describe(case) for case in cases],
-            "left_out": _convert(job, config, tokens, calibration, peers),
+            "left_out": _convert(job, config, tokens, calibration, peers, "int8" in dtypes),
         }
 
     def build(self, name: str, job: dict[str, Any], cores: list[int]) -> dict[str, Any]:
@@ -150,19 +150,19 @@ def _read(
 
 
 def _convert(
-    job: EncoderJob, config: Any, tokens: list[str], calibration: list[list[int]], peers: list[str]
+    job: EncoderJob, config: Any, tokens: list[str], calibration: list[list[int]], peers: list[str], int8: bool
 ) -> dict[str, str]:
     """Makes what the peers load; for each that failed the reason."""
     steps: dict[str, Callable[[], None]] = {}
     if {"onnxruntime", "openvino"} & set(peers):
         steps["onnxruntime fp32"] = lambda: _export(job)
-    if "onnxruntime" in peers:
+    if "onnxruntime" in peers and int8:
         from peers import encoder_onnxruntime
 
         steps["onnxruntime int8"] = lambda: encoder_onnxruntime.quantize(
             job, config.num_attention_heads, config.hidden_size
         )
-    if "openvino" in peers:
+    if "openvino" in peers and int8:
         from peers import encoder_openvino
 
         steps["openvino int8"] = lambda: encoder_openvino.quantize(job, calibration)
