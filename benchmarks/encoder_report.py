@@ -26,7 +26,7 @@ from minilm_fast.errors import UserError
 
 BEGIN, END = "<!-- written by benchmarks/encoder.py -->", "<!-- end -->"
 NOTE = (
-    "Medians over the rounds, on the clock; least cpu-ms: CPU-milliseconds of all threads in the least disturbed round. "
+    "Medians over the rounds, on the clock; least cpu-ms: CPU-milliseconds of all threads, the best round. "
     "Tokens are real ones: padding counts as time, never as work. Of the peak: "
     "what the products of the real tokens would take at the speed of torch's largest products in that dtype on these "
     "cores, over the time taken. Ours: how many times faster it is than the row, "
