@@ -72,8 +72,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--texts", nargs="+", type=Path, default=[], metavar="PATH",
         help="files of real sentences: GLUE tsv, SQuAD json or a sentence a line, maybe .xz; else random words",
     )  # fmt: skip
-    parser.add_argument("--count", type=_positive, default=96, help="sentences of mixed lengths")
-    parser.add_argument("--batch", type=_positive, default=32, help="sentences a batch, mixed lengths")
+    parser.add_argument("--count", type=_positive, default=160, help="sentences of mixed lengths")
+    parser.add_argument("--batch", type=_positive, default=16, help="sentences a batch, mixed lengths")
     parser.add_argument("--max-length", type=_positive, default=256, help="tokens that a sentence is cut to")
     parser.add_argument(
         "--equal", default="32x128,1x16", type=_sizes, help="batches of equal lengths: BATCHxLENGTH,..."
