@@ -1,8 +1,18 @@
 """Without a GPU, Triton interprets its kernels; it reads the variable when it is imported, which any test may do."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
+from kernel_checks import threads
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For a whole module, its own fixtures included: the bits of a sum depend on the number of threads."""
+    with threads(1):
+        yield

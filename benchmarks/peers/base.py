@@ -70,32 +70,39 @@ class Measurement:
     steps: int
 
 
-class Peer(ABC):
+class System(ABC):
     """One system in one dtype. ``build`` comes first and is not timed."""
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
-    """The dtypes that the peer can be asked for; ``build`` may still refuse one on this CPU."""
+    """The dtypes that the system can be asked for; ``build`` may still refuse one on this CPU."""
 
-    def __init__(self, job: DecodeJob) -> None:
-        self.job = job
-        if job.dtype not in self.dtypes:
-            raise NotSupported(f"{self.name} does not run in {job.dtype}")
+    def __init__(self, dtype: str) -> None:
+        if dtype not in self.dtypes:
+            raise NotSupported(f"{self.name} does not run in {dtype}")
 
     @abstractmethod
     def version(self) -> str: ...
 
     @abstractmethod
     def settings(self) -> str:
-        """How the peer is run, for the report."""
+        """How the system is run, for the report."""
 
     @abstractmethod
     def build(self) -> None:
-        """Load or create the model and the batch.
+        """Load or create the model and what it needs beside.
 
         Raises:
-            NotSupported: the peer cannot run in this dtype on this CPU.
+            NotSupported: the system cannot run in this dtype on this CPU.
         """
+
+
+class Peer(System):
+    """One system that decodes a batch."""
+
+    def __init__(self, job: DecodeJob) -> None:
+        super().__init__(job.dtype)
+        self.job = job
 
     @abstractmethod
     def decode(self, steps: int) -> list[int]:

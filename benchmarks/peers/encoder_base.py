@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from peers.base import NotSupported
+from peers.base import System
 
 PREPARED_CASES = "cases.json"
 ONNX_FILE = "model.onnx"
@@ -93,34 +93,14 @@ class Padded:
         return dict(zip(names, (self.input_ids, self.attention_mask, np.zeros_like(self.input_ids)), strict=True))
 
 
-class EncoderPeer(ABC):
-    """One encoder in one dtype. ``build`` comes first; neither it nor ``ready`` is timed."""
-
-    name: ClassVar[str]
-    dtypes: ClassVar[tuple[str, ...]]
-    """The dtypes that the peer can be asked for; ``build`` may still refuse one on this CPU."""
+class EncoderPeer(System):
+    """One encoder in one dtype; neither ``build`` nor ``ready`` is timed."""
 
     def __init__(self, job: EncoderJob, cases: Sequence[Case]) -> None:
+        super().__init__(job.dtype)
         self.job = job
         self.cases = {case.name: case for case in cases}
         self._ready: dict[str, list[Any]] = {}
-        if job.dtype not in self.dtypes:
-            raise NotSupported(f"{self.name} does not run in {job.dtype}")
-
-    @abstractmethod
-    def version(self) -> str: ...
-
-    @abstractmethod
-    def settings(self) -> str:
-        """How the peer is run, for the report."""
-
-    @abstractmethod
-    def build(self) -> None:
-        """Load the model.
-
-        Raises:
-            NotSupported: the peer cannot run in this dtype on this CPU.
-        """
 
     @abstractmethod
     def ready(self, sequences: list[list[int]]) -> Any:

@@ -7,6 +7,7 @@ the same seed sees the same samples.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -87,7 +88,7 @@ def _token_masker(special: SpecialIds, masking: Masking, rng: random.Random) -> 
     return masked
 
 
-class Masker:
+class Masker(ABC):
     """Turns features into samples; one subclass a way.
 
     Args:
@@ -115,9 +116,9 @@ class Masker:
         self.rng = rng
         self._masked = _token_masker(special, masking, rng)
 
+    @abstractmethod
     def __call__(self, feature: Feature) -> Sample:
         """A fresh sample: what is masked differs from call to call."""
-        raise NotImplementedError
 
     def segments(self, source: Any, target: Any) -> tuple[Any, Any, Any]:
         """Numbers of source, target and pseudo tokens of samples.

@@ -63,21 +63,3 @@ def add_layer_norm(
     from minilm_fast.ops.norm import dropout_add_layer_norm
 
     return dropout_add_layer_norm(x, residual, weight, bias, eps)
-
-
-def embed_layer_norm(
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    types: torch.Tensor | None,
-    word: torch.Tensor,
-    position: torch.Tensor,
-    type: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    """:func:`minilm_fast.ops.embed_layer_norm`."""
-    total = F.embedding(ids, word) + F.embedding(positions, position)
-    if types is not None and type is not None:
-        total = total + F.embedding(types, type)
-    return F.layer_norm(total, weight.shape, weight, bias, eps)

@@ -298,8 +298,6 @@ def embed_layer_norm(
     """
     args = (ids, positions, types, word, position, type, weight, bias, eps)
     chosen = select("embed_layer_norm", word, weight, bias)
-    if chosen == "cuda":
-        return _cuda.embed_layer_norm(*args)
-    if chosen == "reference":
+    if chosen in ("cuda", "reference"):
         return reference.embed_layer_norm(*args)
     return _embed_op(*args)
