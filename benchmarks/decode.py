@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
@@ -19,11 +18,12 @@ from typing import Any
 
 import machine
 import report
-from harness import Series, Unsupported, Worker, WorkerError
+from harness import Series, Unsupported, Worker
 from peers import PEERS
 from peers.base import DecodeJob
 from shapes import SHAPES, WORKLOADS, DecodeWorkload
 
+from minilm_fast.cli import guarded
 from minilm_fast.errors import UserError
 
 OURS = "minilm_fast"
@@ -237,31 +237,26 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    # An exit, unlike a bare signal, takes the children along.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        for path in (options.json, options.plot):
-            if path is not None and not path.resolve().parent.is_dir():
-                raise UserError(f"{path}: there is no such folder")
-        benchmark = Benchmark(options)
-        benchmark.run()
-        if not benchmark.systems:
-            raise UserError("nothing could be measured: " + "; ".join(benchmark.left_out.values()))
-    except (UserError, WorkerError, Unsupported) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+def run(options: argparse.Namespace) -> None:
+    """Measures, reports and writes what was asked for."""
+    for path in (options.json, options.plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise UserError(f"{path}: there is no such folder")
+    benchmark = Benchmark(options)
+    benchmark.run()
+    if not benchmark.systems:
+        raise UserError("nothing could be measured: " + "; ".join(benchmark.left_out.values()))
     results = benchmark.to_json()
     print(report.text(results))
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
         report.plot(results, options.plot)
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return guarded(lambda: run(options), batch_flag="--batch")
 
 
 if __name__ == "__main__":

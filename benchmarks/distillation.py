@@ -111,18 +111,8 @@ class Step:
 
 
 def _config(shape: ModelShape, dropout: float) -> Any:
-    from minilm_fast.config import Config
 
-    return Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=shape.positions,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
+    return shape.config(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from peers.encoder_base import EncoderJob
 from peers.encoders import ENCODERS, OURS, offered
 from shapes import SHAPES
 
+from minilm_fast.cli import guarded
 from minilm_fast.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parent / "encoder_worker.py"
@@ -232,33 +232,28 @@ def _disagreement(dtype: str, agreement: dict[str, dict[str, float]]) -> str:
     return ""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    # An exit, unlike a bare signal, takes the children along.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        for path in options.texts:
-            if not path.is_file():
-                raise UserError(f"--texts {path}: there is no such file")
-        if options.json is not None and not options.json.resolve().parent.is_dir():
-            raise UserError(f"{options.json}: there is no such folder")
-        if options.docs is not None:
-            encoder_report.check_docs(options.docs)
-        benchmark = Benchmark(options)
-        benchmark.run()
-    except (UserError, WorkerError, Unsupported) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+def run(options: argparse.Namespace) -> None:
+    """Measures, reports and writes what was asked for."""
+    for path in options.texts:
+        if not path.is_file():
+            raise UserError(f"--texts {path}: there is no such file")
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        raise UserError(f"{options.json}: there is no such folder")
+    if options.docs is not None:
+        encoder_report.check_docs(options.docs)
+    benchmark = Benchmark(options)
+    benchmark.run()
     results = benchmark.to_json()
     print(encoder_report.text(results))
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if options.docs is not None:
         encoder_report.write_docs(results, options.docs)
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return guarded(lambda: run(options), batch_flag="--batch")
 
 
 if __name__ == "__main__":

@@ -112,17 +112,10 @@ def _agreement(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
 
 def _random_model(shape: ModelShape, folder: Path, seed: int) -> Path:
     """A checkpoint with random weights and a made-up vocabulary."""
-    from minilm_fast import Config, Model, Tokenizer
+    from minilm_fast import Model, Tokenizer
 
     vocabulary.write(shape.vocab, folder)
-    config = Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=shape.positions,
-    )
+    config = shape.config()
     tokenizer = Tokenizer.from_pretrained(folder / vocabulary.VOCABULARY_FILE, do_lower_case=True)
     Model.from_config(config, tokenizer, seed=seed).save_pretrained(folder / "model")
     return folder / "model"

@@ -240,21 +240,13 @@ def vocabulary(size: Size) -> Iterator[Case]:
 
 def decoding(size: Size) -> Iterator[Case]:
     """Whole outputs of a forced length, a batch and one sentence."""
-    from minilm_fast.config import Config
     from minilm_fast.decoding.options import SearchOptions
     from minilm_fast.decoding.search import BeamSearch, SpecialIds
     from minilm_fast.modeling.inference import InferenceEngine
     from minilm_fast.modeling.model import Model
 
     shape = size.shape
-    config = Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=shape.positions,
-    )
+    config = shape.config()
     format = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[size.dtype]
     engine = InferenceEngine(config, Model.from_config(config).state, format, size.device)
     for batch in dict.fromkeys((size.batch, 1)):
@@ -279,18 +271,10 @@ def decoding(size: Size) -> Iterator[Case]:
 
 def training(size: Size) -> Iterator[Case]:
     """Forward and backward of sequence-to-sequence fine-tuning with pseudo masks."""
-    from minilm_fast.config import Config
     from minilm_fast.modeling.encoder import Encoder
 
     shape, (b, s, t) = size.shape, (size.batch, size.source, size.target)
-    config = Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=max(shape.positions, s + 2 * t),
-    )
+    config = shape.config(max_position_embeddings=max(shape.positions, s + 2 * t))
     encoder = Encoder(config).to(size.device).train()
     layout = SequenceLayout.pseudo_masked([s] * b, [t] * b, size.device)
     ids = torch.randint(5, shape.vocab, (layout.total,), device=size.device)

@@ -18,14 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from minilm_fast.errors import UserError
+
 WORKER = Path(__file__).resolve().parent / "worker.py"
 
 
-class WorkerError(Exception):
+class WorkerError(UserError):
     """A child process failed; one line."""
 
 
-class Unsupported(Exception):
+class Unsupported(UserError):
     """The child cannot do what it was asked for on this machine; the message says why."""
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minilm_fast.config import Config
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,20 @@ class ModelShape:
     intermediate: int
     vocab: int = 30522
     positions: int = 512
+
+    def config(self, **more: Any) -> Config:
+        """The configuration of such a model; ``more`` adds to it or stands in place of what it has."""
+        from minilm_fast.config import Config
+
+        own = {
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": self.positions,
+        }
+        return Config(**(own | more))
 
 
 @dataclass(frozen=True)

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_command import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import encoder  # noqa: E402
-import encoder_report  # noqa: E402
-import encoder_texts  # noqa: E402
-from peers.encoder_base import Case, Padded  # noqa: E402
-from peers.encoders import ENCODERS, offered  # noqa: E402
-from shapes import SHAPES  # noqa: E402
-from work import encoder as work_of_encoder  # noqa: E402
+import encoder
+import encoder_report
+import encoder_texts
+from peers.encoder_base import Case, Padded
+from peers.encoders import ENCODERS, offered
+from shapes import SHAPES
+from work import encoder as work_of_encoder
 
-from minilm_fast.errors import UserError  # noqa: E402
+from minilm_fast.errors import UserError
 
 SIZES = ["--shape", "tiny", "--equal", "2x9,1x6", "--count", "7", "--batch", "3", "--settle", "0.01", "--threads", "1"]
-
-
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
 
 
 def test_a_run_measures_checks_and_reports(tmp_path: Path) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from benchmark_command import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from harness import Series  # noqa: E402
-from shapes import SHAPES, DecodeWorkload  # noqa: E402
-from work import encoder_decoder, masked_query_decoder, pseudo_masked_training  # noqa: E402
+from harness import Series
+from shapes import SHAPES, DecodeWorkload
+from work import encoder_decoder, masked_query_decoder, pseudo_masked_training
 
 SHAPE = SHAPES["tiny"]
 LOAD = DecodeWorkload(batch=1, beam=3, source=11, steps=5)
@@ -81,17 +79,6 @@ def test_ratio_is_taken_within_rounds() -> None:
 
     assert runs(3.0, 30.0, 3.0).ratio_to(runs(1.0, 10.0, 1.0), "cpu") == pytest.approx(3.0)
     assert runs(3.0, 30.0, 4.0).median("cpu") == 2.0
-
-
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
 
 
 def test_a_run_measures_and_reports(tmp_path: Path) -> None:

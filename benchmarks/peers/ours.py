@@ -40,19 +40,12 @@ class MinilmFast(Peer):
     def build(self) -> None:
         import torch
 
-        from minilm_fast import Config, Model, Tokenizer
+        from minilm_fast import Model, Tokenizer
         from minilm_fast.ops._dispatch import select
 
         torch.set_num_threads(self.job.threads)
         shape = self.job.shape
-        config = Config(
-            vocab_size=shape.vocab,
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            intermediate_size=shape.intermediate,
-            max_position_embeddings=shape.positions,
-        )
+        config = shape.config()
         tokenizer = Tokenizer.from_pretrained(self.job.folder / VOCABULARY_FILE, do_lower_case=True)
         self.model = Model.from_config(config, tokenizer, seed=self.job.seed)
         self.model.engine(self.job.dtype)
