@@ -85,7 +85,7 @@ def _language(args: argparse.Namespace, path: Path) -> str | None:
 
 
 def _options(args: argparse.Namespace) -> QuestionAnsweringOptions:
-    from minilm_fast.decoding.answers import AnswerOptions
+    from minilm_fast.modeling.answers import AnswerOptions
     from minilm_fast.training.question_answering import QuestionAnsweringOptions
 
     answers = AnswerOptions(**{name: getattr(args, name) for name in AnswerOptions.__dataclass_fields__})

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from minilm_fast import evaluate_qa
 from minilm_fast.data.answer_windows import WindowOptions, locate, make_windows
 from minilm_fast.data.squad import Answer, gold_answers, language_of, read_squad, set_names
-from minilm_fast.decoding.answers import AnswerOptions, choose_answer, max_context
 from minilm_fast.errors import UserError
 from minilm_fast.metrics.squad import LANGUAGES, squad_scores, squad_v2_scores
+from minilm_fast.modeling.answers import AnswerOptions, choose_answer, max_context
 from minilm_fast.tokenization import Tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+import minilm_fast
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "transformers.md").read_text(encoding="utf8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
@@ -18,7 +20,10 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     names: dict[str, Any] = {}
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
+    for head, folder in ((minilm_fast.SequenceClassifier, "mrpc"), (minilm_fast.QuestionAnswerer, "squad1")):
+        model = head.from_pretrained("examples/question-generation")
+        model.save_pretrained(folder, model.tokenizer)
     for block in BLOCKS:
         exec(compile(block, "transformers.md", "exec"), names)
     assert names["model"].config._attn_implementation == "minilm_fast"
@@ -32,6 +37,8 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-4, atol=1e-5)
     printed = capsys.readouterr().out
     assert "['classifier.weight', 'classifier.bias']" in printed and "{0: 'O', 1: 'B-PER', 2: 'I-PER'}" in printed
+    assert sum(names["found"].scores.values()) == pytest.approx(1)
+    assert names["answer"].text in "A man is eating food." and len(names["answers"]) == 2
 
 
 def test_links_lead_somewhere() -> None:

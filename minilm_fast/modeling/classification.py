@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -11,14 +12,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilm_fast.config import ROBERTA_TYPES, Config
-from minilm_fast.data.classification import ClassificationFeature
+from minilm_fast.data.classification import (
+    UNLABELLED,
+    ClassificationFeature,
+    TextExample,
+    make_classification_features,
+)
 from minilm_fast.data.token_batch import TokenBatch
+from minilm_fast.errors import UserError
 from minilm_fast.modeling.heads.base import HeadModel, Pooler, classifier_dropout
 from minilm_fast.modeling.heads.inputs import HeadInput
 from minilm_fast.modeling.heads.labels import label_names
 
+Text = str | tuple[str, str]
+"""What is classified: a text, or a pair of texts."""
+
+# The special tokens of a pair, and one token.
+_LEAST_LENGTH = 5
 # Idle tokens are cut into sequences of at most so many, for which every model has positions.
 _IDLE_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What :meth:`SequenceClassifier.predict` says of an input.
+
+    Attributes:
+        scores: by label, in the order of the labels' numbers: probabilities that add up to 1; where the configuration's
+            ``problem_type`` is ``multi_label_classification``, or there is one label, each one's own probability; for
+            ``regression`` the values themselves.
+    """
+
+    scores: Mapping[str, float]
+
+    @property
+    def label(self) -> str:
+        """The label with the highest score."""
+        return max(self.scores, key=lambda name: self.scores[name])
+
+    @property
+    def score(self) -> float:
+        """The highest score."""
+        return self.scores[self.label]
 
 
 @dataclass(frozen=True)
@@ -72,6 +107,7 @@ class SequenceClassifier(HeadModel):
     """
 
     suffix = "ForSequenceClassification"
+    reads_first_token = True
 
     def build(self, config: Config) -> None:
         """See :class:`HeadModel`."""
@@ -83,9 +119,66 @@ class SequenceClassifier(HeadModel):
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, labels)
 
-    def encode(self, batch: HeadInput) -> Tensor:
-        """The encoder's output for the first tokens ``[batch, hidden]``: only these go through the last layer."""
-        return super().encode(_first_comes_last(batch))
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a string is an iterable of strings
+        self, texts: Text, *, max_seq_length: int | None = ..., batch_size: int = ..., dtype: str = ...
+    ) -> Classification: ...
+
+    @overload
+    def predict(
+        self, texts: Iterable[Text], *, max_seq_length: int | None = ..., batch_size: int = ..., dtype: str = ...
+    ) -> list[Classification]: ...
+
+    def predict(
+        self,
+        texts: Text | Iterable[Text],
+        *,
+        max_seq_length: int | None = None,
+        batch_size: int = 32,
+        dtype: str = "fp32",
+    ) -> Any:
+        """Classifies texts, or pairs of texts, on a CPU.
+
+        Args:
+            texts: one text, one pair (a tuple of two strings), or any number of either.
+            max_seq_length: tokens of an input, special ones included; of longer ones the end is cut off, of a pair the
+                longer text first. By default as many as the model has positions.
+            batch_size: inputs computed together; changes nothing but the speed.
+            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` weights of the linear layers, see :meth:`HeadModel.packed`.
+
+        Returns:
+            a :class:`Classification`, of several inputs a list of them in their order.
+
+        Raises:
+            UserError: an argument is out of range, or the model has no tokenizer.
+        """
+        if _is_text(texts):
+            return self.predict([texts], max_seq_length=max_seq_length, batch_size=batch_size, dtype=dtype)[0]
+        positions = self.config.max_position_embeddings
+        length = positions if max_seq_length is None else max_seq_length
+        if not _LEAST_LENGTH <= length <= positions:
+            raise UserError(f"max_seq_length must be from {_LEAST_LENGTH} to the model's {positions}, got {length}")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        features = make_classification_features(_examples(texts), self.tokenizer, length)
+        packed, found = self.packed(dtype), []
+        for start in range(0, len(features), batch_size):
+            chosen = range(start, min(start + batch_size, len(features)))
+            batch = ClassificationBatch.collate([features[i] for i in chosen])
+            found += self._classifications(packed(batch.tokens, token_type_ids=batch.token_type_ids))
+        return found
+
+    def _classifications(self, logits: Tensor) -> list[Classification]:
+        """As pipelines of transformers turn logits into scores."""
+        kind = self.config.extra.get("problem_type")
+        if kind == "regression":
+            scores = logits
+        elif kind == "multi_label_classification" or logits.shape[1] == 1:
+            scores = logits.sigmoid()
+        else:
+            scores = logits.softmax(1)
+        rows = scores.tolist()
+        return [Classification(dict(zip(self.labels, row, strict=True))) for row in rows]
 
     def head(self, hidden: Tensor, batch: HeadInput) -> Tensor:
         """See :class:`HeadModel`; ``hidden`` is ``[batch, hidden]``."""
@@ -96,19 +189,19 @@ class SequenceClassifier(HeadModel):
         return logits
 
 
-def _first_comes_last(batch: HeadInput) -> HeadInput:
-    """The same sequences with the first token moved behind the others, which alone asks.
+def _is_text(given: object) -> TypeGuard[Text]:
+    return isinstance(given, str) or (
+        isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, str) for part in given)
+    )
 
-    Every token sees every other, and each keeps its position, so nothing depends on the order in memory; but the rows
-    that ask are the last ones of a sequence.
-    """
-    tokens = batch.tokens
-    bounds = tokens.layout.cu_seqlens.long()
-    place = torch.arange(1, tokens.layout.total + 1, device=bounds.device)
-    place[bounds[1:] - 1] = bounds[:-1]
-    layout = tokens.layout.with_queries(torch.ones(len(bounds) - 1, dtype=torch.int32, device=bounds.device))
-    moved = replace(tokens, input_ids=tokens.input_ids[place], position_ids=tokens.position_ids[place], layout=layout)
-    return HeadInput(moved, batch.token_type_ids[place])
+
+def _examples(texts: Iterable[Text]) -> list[TextExample]:
+    examples = []
+    for number, text in enumerate(texts):
+        if not _is_text(text):
+            raise UserError(f"text {number} must be a string or a tuple of two, got {text!r:.60}")
+        examples.append(TextExample((text,) if isinstance(text, str) else text, UNLABELLED))
+    return examples
 
 
 class DenseClassifier(nn.Module):

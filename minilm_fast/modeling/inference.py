@@ -14,7 +14,8 @@ import torch
 
 from minilm_fast import ops
 from minilm_fast.config import Config
-from minilm_fast.modeling.packed_encoder import PackedBlock, PackedEncoder, PackedLinear, WeightReader, attention_dtype
+from minilm_fast.modeling.last_layer import LastLayer
+from minilm_fast.modeling.packed_encoder import PackedEncoder, WeightReader, attention_dtype
 
 # The original's decoder normalises with 1e-5 whatever the configuration says.
 LAYER_NORM_EPS = 1e-5
@@ -24,23 +25,6 @@ CAPACITY_MULTIPLE = 16
 def activation_dtype(format: str, device: torch.device) -> torch.dtype:
     """The dtype of what passes between the operators for a format of the weights."""
     return attention_dtype(format) if device.type == "cuda" else torch.float32
-
-
-class _LastLayer:
-    """The last layer: its queries are projected apart, for few rows ask."""
-
-    def __init__(self, reader: WeightReader, layer: int, heads: int) -> None:
-        self._heads = heads
-        self._query: PackedLinear = reader.projection(layer, "query")
-        self._key_value: PackedLinear = reader.projection(layer, "key", "value")
-        self.block: PackedBlock = reader.block(layer)
-
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        return self._query(x).view(x.shape[0], self._heads, -1)
-
-    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = self._key_value(x).view(x.shape[0], 2, self._heads, -1).unbind(1)
-        return k, v
 
 
 class DecodeCache:
@@ -114,7 +98,7 @@ class InferenceEngine:
         )
         last = config.num_hidden_layers - 1
         self._encoder = PackedEncoder(reader, last)
-        self._last = _LastLayer(reader, last, self.heads)
+        self._last = LastLayer(reader, last)
         self._transform = reader.linear("cls.predictions.transform.dense")
         self._transform_norm = reader.norm("cls.predictions.transform")
         decoder = state.get("cls.predictions.decoder.weight", self._encoder.embed.word)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minilm_fast.config import Config
-from minilm_fast.data.answer_windows import Window
+from minilm_fast.data.answer_windows import Window, WindowOptions, make_windows
+from minilm_fast.data.squad import Paragraph, Question
 from minilm_fast.data.token_batch import TokenBatch
+from minilm_fast.errors import UserError
+from minilm_fast.modeling.answers import AnswerOptions, Prediction, choose_answers
 from minilm_fast.modeling.heads import HeadInput, HeadModel
 
 _LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type")
@@ -83,10 +88,90 @@ class QuestionAnswerer(HeadModel):
         """See :class:`HeadModel`."""
         return batch.spread(self.qa_outputs(hidden))
 
+    @overload
+    def predict(
+        self, questions: str, contexts: str, *, batch_size: int = ..., dtype: str = ..., **options: Any
+    ) -> Prediction: ...
+
+    @overload
+    def predict(
+        self,
+        questions: Sequence[str],
+        contexts: str | Sequence[str],
+        *,
+        batch_size: int = ...,
+        dtype: str = ...,
+        **options: Any,
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self,
+        questions: str | Sequence[str],
+        contexts: str | Sequence[str],
+        *,
+        batch_size: int = 32,
+        dtype: str = "fp32",
+        **options: Any,
+    ) -> Any:
+        """Finds answers in contexts, on a CPU.
+
+        Args:
+            questions: one, or several.
+            contexts: one for each question, or a text that all questions are about.
+            batch_size: windows computed together; changes nothing but the speed.
+            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` weights of the linear layers, see :meth:`HeadModel.packed`.
+            **options: fields of :class:`~minilm_fast.data.answer_windows.WindowOptions` and
+                :class:`~minilm_fast.modeling.answers.AnswerOptions`; windows have at most as many tokens as the model
+                has positions.
+
+        Returns:
+            a :class:`~minilm_fast.modeling.answers.Prediction`, of several questions a list of them in their order.
+
+        Raises:
+            TypeError: an option is unknown.
+            UserError: an argument is out of range, or the model has no tokenizer.
+        """
+        if isinstance(questions, str):
+            return self.predict([questions], contexts, batch_size=batch_size, dtype=dtype, **options)[0]
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        of_answers = {name: options.pop(name) for name in AnswerOptions.__dataclass_fields__ if name in options}
+        windows = self._windows(_paragraphs(questions, contexts), WindowOptions(**options), "max_seq_length" in options)
+        packed, logits = self.packed(dtype), []
+        for start in range(0, len(windows), batch_size):
+            batch = QuestionAnsweringBatch.collate(windows[start : start + batch_size])
+            scores = packed(batch.tokens, token_type_ids=batch.token_type_ids).numpy()
+            logits += np.split(scores, batch.tokens.layout.cu_seqlens[1:-1].numpy())
+        return list(choose_answers(windows, logits, AnswerOptions(**of_answers)).values())
+
+    def _windows(self, paragraphs: Sequence[Paragraph], options: WindowOptions, exact: bool) -> list[Window]:
+        positions = self.config.max_position_embeddings
+        if options.max_seq_length > positions:
+            if exact:
+                raise UserError(f"max_seq_length {options.max_seq_length}: the model has {positions} positions")
+            options = replace(options, max_seq_length=positions)
+        return make_windows(paragraphs, self.tokenizer, options, training=False)
+
     def span_logits(self, batch: QuestionAnsweringBatch) -> Tensor:
         """Logits ``[batch.rows, 2]`` of the windows' tokens."""
         logits: Tensor = self(batch.tokens, token_type_ids=batch.token_type_ids)
         return logits[: batch.rows]
+
+
+def _paragraphs(questions: Sequence[str], contexts: str | Sequence[str]) -> list[Paragraph]:
+    """A paragraph for the questions that follow one another and have one context."""
+    texts = [contexts] * len(questions) if isinstance(contexts, str) else list(contexts)
+    if len(texts) != len(questions):
+        raise UserError(f"{len(questions)} questions need as many contexts, or one for all, got {len(texts)}")
+    for kind, values in (("question", questions), ("context", texts)):
+        wrong = next((place for place, value in enumerate(values) if not isinstance(value, str)), None)
+        if wrong is not None:
+            raise UserError(f"{kind} {wrong} must be a string, got {type(values[wrong]).__name__}")
+    found = []
+    for text, group in groupby(enumerate(questions), key=lambda pair: texts[pair[0]]):
+        asked = tuple(Question(str(n), question, (), False, f"question {n}") for n, question in group)
+        found.append(Paragraph(text, asked, asked[0].where))
+    return found
 
 
 def span_losses(logits: Tensor, batch: QuestionAnsweringBatch) -> Tensor:

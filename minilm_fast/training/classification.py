@@ -20,7 +20,7 @@ from minilm_fast.modeling.classification import ClassificationBatch, SequenceCla
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.distributed import World
 from minilm_fast.training.flops import first_token_flops
-from minilm_fast.training.head_task import HeadTask
+from minilm_fast.training.head_task import HeadTask, Scorer
 from minilm_fast.training.precision import Precision
 
 Sets = Mapping[str, ClassificationFeatures]
@@ -35,6 +35,7 @@ class ClassificationOptions:
         metrics: keys of :data:`minilm_fast.metrics.classification.METRICS`, measured on a set beside its loss.
         regression: labels are scores: the loss is the squared error, a prediction the one logit.
         pad_to_multiple_of: see :meth:`minilm_fast.modeling.classification.ClassificationBatch.collate`.
+        eval_dtype: see :class:`minilm_fast.training.head_task.Scorer`.
     """
 
     per_gpu_train_batch_size: int = 32
@@ -45,6 +46,7 @@ class ClassificationOptions:
     regression: bool = False
     save_format: str = "safetensors"
     pad_to_multiple_of: int = 1
+    eval_dtype: str | None = None
 
 
 def options_of(
@@ -60,6 +62,7 @@ def options_of(
         regression=regression,
         save_format=args.save_format,
         pad_to_multiple_of=64 if args.bf16 or args.fp16 else 1,
+        eval_dtype=args.eval_dtype,
     )
 
 
@@ -146,25 +149,18 @@ class ClassificationTask(HeadTask):
 
     def training_batch(self, indices: Sequence[int]) -> ClassificationBatch:
         """See :class:`HeadTask`."""
-        return self._collate(self.features, indices)
+        return self._collate(self.features, indices, self.options.pad_to_multiple_of)
 
     def forward_flops(self, lengths: np.ndarray) -> float:
         """See :class:`HeadTask`."""
         return first_token_flops(self.model.config, lengths)
 
-    def _collate(self, features: ClassificationFeatures, chosen: Iterable[int]) -> ClassificationBatch:
-        return ClassificationBatch.collate(
-            [features[int(i)] for i in chosen],
-            scores=self.options.regression,
-            multiple=self.options.pad_to_multiple_of,
-        )
+    def _collate(self, features: ClassificationFeatures, chosen: Iterable[int], multiple: int) -> ClassificationBatch:
+        examples = [features[int(i)] for i in chosen]
+        return ClassificationBatch.collate(examples, scores=self.options.regression, multiple=multiple)
 
-    @torch.no_grad()
-    def logits(self, features: ClassificationFeatures, world: World, precision: Precision) -> np.ndarray:
-        """fp32 ``[features, num_labels]`` of the model as it is; each process computes a share and all get all.
-
-        Call it in evaluation mode.
-        """
+    def logits(self, features: ClassificationFeatures, world: World, scorer: Scorer) -> np.ndarray:
+        """fp32 ``[features, num_labels]``; each process computes a share and all get all."""
         own = np.arange(world.rank, len(features), world.size)
         # Long ones first, so that what does not fit into memory is found at once.
         own = own[np.argsort(-features.lengths[own], kind="stable")]
@@ -172,10 +168,8 @@ class ClassificationTask(HeadTask):
         logits = np.zeros((len(features), len(self.model.labels)), dtype=np.float32)
         for start in range(0, len(own), size):
             chosen = own[start : start + size]
-            batch = self._collate(features, chosen).to(world.device)
-            with precision.autocast():
-                found = self.model(batch.tokens, token_type_ids=batch.token_type_ids)
-            logits[chosen] = found[: len(chosen)].float().cpu().numpy()
+            batch = self._collate(features, chosen, scorer.multiple).to(world.device)
+            logits[chosen] = scorer(batch.tokens, batch.token_type_ids)[: len(chosen)].cpu().numpy()
         for rank, share in enumerate(world.gather(logits[world.rank :: world.size])):
             logits[rank :: world.size] = share
         return logits
@@ -186,9 +180,10 @@ class ClassificationTask(HeadTask):
 
     def measure(self, sets: Sets, prefix: str, world: World, precision: Precision) -> dict[str, float]:
         """``PREFIX_loss`` and ``PREFIX_METRIC`` over all sets; of several also ``PREFIX_SET_METRIC`` of each."""
-        found = {name: self.logits(features, world, precision) for name, features in sets.items()}
-        if not found:
+        if not sets:
             return {}
+        scorer = self.scorer(precision)
+        found = {name: self.logits(features, world, scorer) for name, features in sets.items()}
         labels = np.concatenate([features.labels for features in sets.values()])
         measures = self._measures(np.concatenate(list(found.values())), labels, prefix)
         if len(sets) > 1:
@@ -223,8 +218,9 @@ class ClassificationTask(HeadTask):
     def predict_files(self, world: World, precision: Precision, output_dir: Path) -> list[Path]:
         """A file for each submission: ``index`` and ``prediction``, as GLUE wants them."""
         paths = []
+        scorer = self.scorer(precision)
         for submission in self.submissions:
-            predictions = self.predictions(self.logits(submission.features, world, precision))
+            predictions = self.predictions(self.logits(submission.features, world, scorer))
             rows = zip(submission.numbers, map(submission.show, predictions.tolist()), strict=True)
             text = "index\tprediction\n" + "".join(f"{number}\t{shown}\n" for number, shown in rows)
             paths.append(output_dir / f"{submission.name}.tsv")

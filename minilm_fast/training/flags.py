@@ -115,6 +115,11 @@ def add_understanding_flags(parser: argparse.ArgumentParser, max_seq_length: int
     add("--evaluate_during_training", action="store_true", help="measure every checkpoint as it is saved")
     add("--eval_all_checkpoints", action="store_true", help="measure every ckpt-N of OUTPUT_DIR; the best is kept")
     add("--per_gpu_eval_batch_size", type=positive_int, default=8, help="examples of a forward pass without training")
+    add(
+        "--eval_dtype",
+        choices=("fp32", "bf16", "int8"),
+        help="what --do_eval and --do_predict compute in; default: as training does; int8 on a CPU only (new)",
+    )
     add("--overwrite_cache", action="store_true", help="accepted, has no effect: nothing is cached")
     add("--save_format", choices=("safetensors", "bin", "both"), default="safetensors", help="of the weights (new)")
     add_loop_flags(parser, TRANSFORMERS)

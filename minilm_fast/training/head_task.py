@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from minilm_fast import checkpoint
 from minilm_fast.data.orders import LengthGroupedBatches, batch_numbers
+from minilm_fast.data.token_batch import TokenBatch
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.heads import HeadModel
+from minilm_fast.modeling.heads.packed import PackedHead
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.distributed import World
+from minilm_fast.training.precision import Precision
 from minilm_fast.training.task import Batch, StepData
 
 
@@ -38,6 +42,45 @@ class HeadOptions(Protocol):
     def save_format(self) -> str:
         """Of the weights."""
 
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """Of the tokens of a batch that goes through the network that is trained."""
+
+    @property
+    def eval_dtype(self) -> str | None:
+        """What evaluation and prediction compute in; None: as training does."""
+
+
+class Scorer:
+    """Logits of a model in evaluation mode, by its weights as they are when this is made.
+
+    On a CPU the weights are packed (:class:`minilm_fast.modeling.heads.packed.PackedHead`); on a GPU, and in fp16, the
+    model itself computes.
+
+    Args:
+        dtype: ``"fp32"``, ``"bf16"`` or, on a CPU, ``"int8"``; None: that of ``precision``.
+        pad_to_multiple_of: of batches that the model itself computes.
+
+    Attributes:
+        multiple: batches should be filled up to a multiple of so many tokens.
+    """
+
+    def __init__(self, model: HeadModel, precision: Precision, dtype: str | None, pad_to_multiple_of: int = 1) -> None:
+        name = dtype or precision.name
+        packed = precision.device.type == "cpu" and name != "fp16"
+        self.multiple = 1 if packed else pad_to_multiple_of
+        self._run: HeadModel | PackedHead = PackedHead(model, name) if packed else model
+        self._precision = precision if packed or name == precision.name else Precision(name, precision.device)
+
+    @torch.no_grad()
+    def __call__(self, tokens: TokenBatch, token_type_ids: Tensor) -> Tensor:
+        """fp32 logits of packed sequences; ``token_type_ids`` int32 ``[tokens]``."""
+        if isinstance(self._run, PackedHead):
+            return self._run(tokens, token_type_ids=token_type_ids)
+        with self._precision.autocast():
+            logits: Tensor = self._run(tokens, token_type_ids=token_type_ids)
+        return logits.float()
+
 
 class HeadTask(ABC):
     """The part of a :class:`minilm_fast.training.task.Task` that depends on lengths alone.
@@ -49,6 +92,9 @@ class HeadTask(ABC):
         lengths: tokens of every training sequence; may be empty if nothing is trained.
         batches_per_group: see :class:`minilm_fast.data.orders.LengthGroupedBatches`.
         identity: what the run is known by beside ``options``: plain values by the name of their flag.
+
+    Raises:
+        UserError: the device does not know the dtype of evaluation.
     """
 
     find_unused_parameters = False
@@ -65,6 +111,8 @@ class HeadTask(ABC):
         *,
         batches_per_group: int,
     ) -> None:
+        if options.eval_dtype == "int8" and world.device.type != "cpu":
+            raise UserError("--eval_dtype int8 is for a CPU: give --no_cuda")
         self.module = module
         self.model = model
         self.tokenizer = tokenizer
@@ -83,6 +131,11 @@ class HeadTask(ABC):
     @abstractmethod
     def forward_flops(self, lengths: np.ndarray) -> float:
         """Floating-point operations of the forward pass over sequences of these lengths."""
+
+    def scorer(self, precision: Precision) -> Scorer:
+        """What computes logits with the weights as they are now; the model must be in evaluation mode."""
+        options = self._options
+        return Scorer(self.model, precision, options.eval_dtype, options.pad_to_multiple_of)
 
     def fingerprint(self) -> dict[str, Any]:
         """See :class:`minilm_fast.training.task.Task`."""

@@ -29,6 +29,7 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "fp16" and device.type == "cpu" and forced_backend() != "reference":
             raise UserError("--fp16 needs a GPU; on a CPU use --bf16")
+        self.name = name
         self.dtype = DTYPES[name]
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from minilm_fast.atomic import atomic_write
 from minilm_fast.data.answer_windows import Window
-from minilm_fast.decoding.answers import AnswerOptions, Prediction, choose_answers
 from minilm_fast.metrics.squad import average, squad_scores, squad_v2_scores
+from minilm_fast.modeling.answers import AnswerOptions, Prediction, choose_answers
 from minilm_fast.modeling.question_answering import QuestionAnswerer, QuestionAnsweringBatch, span_losses
 from minilm_fast.tokenization import Tokenizer
 from minilm_fast.training.distributed import World
 from minilm_fast.training.flops import encoder_flops
-from minilm_fast.training.head_task import HeadTask
+from minilm_fast.training.head_task import HeadTask, Scorer
 from minilm_fast.training.precision import Precision
 from minilm_fast.training.task import StepData
 
@@ -33,6 +32,7 @@ class QuestionAnsweringOptions:
     Args:
         answers: how answers are chosen.
         eval_all_checkpoints: write the predictions of every checkpoint that is measured.
+        eval_dtype: see :class:`minilm_fast.training.head_task.Scorer`.
     """
 
     per_gpu_train_batch_size: int = 8
@@ -43,6 +43,7 @@ class QuestionAnsweringOptions:
     pad_to_multiple_of: int = 1
     answers: AnswerOptions = field(default_factory=AnswerOptions)
     eval_all_checkpoints: bool = False
+    eval_dtype: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,30 +123,23 @@ class QuestionAnsweringTask(HeadTask):
 
     def training_batch(self, indices: Sequence[int]) -> QuestionAnsweringBatch:
         """See :class:`HeadTask`."""
-        return self._collate([self.windows[i] for i in indices])
+        return QuestionAnsweringBatch.collate([self.windows[i] for i in indices], self.options.pad_to_multiple_of)
 
     def forward_flops(self, lengths: np.ndarray) -> float:
         """See :class:`HeadTask`."""
         config = self.model.config
         return encoder_flops(config, int(lengths.sum()), int((lengths**2).sum()), config.num_hidden_layers)
 
-    def _collate(self, windows: Sequence[Window]) -> QuestionAnsweringBatch:
-        return QuestionAnsweringBatch.collate(windows, self.options.pad_to_multiple_of)
-
-    @torch.no_grad()
-    def logits(self, windows: Sequence[Window], world: World, precision: Precision) -> list[np.ndarray]:
-        """Scores of start and end for each window, fp32 ``[tokens, 2]``; each process computes a share and all get all.
-
-        Call it in evaluation mode.
-        """
+    def logits(self, windows: Sequence[Window], world: World, scorer: Scorer) -> list[np.ndarray]:
+        """fp32 ``[tokens, 2]`` for each window: start and end; each process computes a share and all get all."""
         own = range(world.rank, len(windows), world.size)
         # Long ones first, so that what does not fit into memory is found at once.
         order = sorted(own, key=lambda index: -len(windows[index]))
         found: dict[int, np.ndarray] = {}
         for chosen in _pieces(order, self.options.per_gpu_eval_batch_size):
-            batch = self._collate([windows[index] for index in chosen]).to(world.device)
-            with precision.autocast():
-                scores = self.model.span_logits(batch).float().cpu().numpy()
+            batch = QuestionAnsweringBatch.collate([windows[index] for index in chosen], scorer.multiple)
+            batch = batch.to(world.device)
+            scores = scorer(batch.tokens, batch.token_type_ids)[: batch.rows].cpu().numpy()
             bounds = np.cumsum([len(windows[index]) for index in chosen])[:-1]
             found |= zip(chosen, np.split(scores, bounds), strict=True)
         for share in world.gather(found):
@@ -154,11 +148,19 @@ class QuestionAnsweringTask(HeadTask):
 
     def predictions(self, questions: QuestionSet, world: World, precision: Precision) -> dict[str, Prediction]:
         """Question id -> prediction of the model as it is."""
-        if questions not in self._known:
-            logits = self.logits(questions.windows, world, precision)
+        self._predict([questions], world, precision)
+        return self._known[questions]
+
+    def _predict(self, sets: Sequence[QuestionSet], world: World, precision: Precision) -> None:
+        """Makes the predictions of all these sets known."""
+        missing = [questions for questions in sets if questions not in self._known]
+        if not missing:
+            return
+        scorer = self.scorer(precision)
+        for questions in missing:
+            logits = self.logits(questions.windows, world, scorer)
             chosen = choose_answers(questions.windows, logits, self.options.answers)
             self._known[questions] = {questions.ids[number]: found for number, found in chosen.items()}
-        return self._known[questions]
 
     def scores(self, questions: QuestionSet, world: World, precision: Precision) -> dict[str, float]:
         """The official scores of the model as it is, under the names of the official script, in percent."""
@@ -181,6 +183,7 @@ class QuestionAnsweringTask(HeadTask):
 
         Where all checkpoints are to be measured, the predictions of each are written beside it.
         """
+        self._predict(self.dev, world, precision)
         found = {questions.name: self.scores(questions, world, precision) for questions in self.dev}
         step = re.fullmatch(r"ckpt-(\d+)", weights.name)
         if self.options.eval_all_checkpoints and step:
@@ -197,6 +200,7 @@ class QuestionAnsweringTask(HeadTask):
 
         Writes the predictions of each set.
         """
+        self._predict(self.test, world, precision)
         found = {questions.name: self.scores(questions, world, precision) for questions in self.test}
         self.predict_files(world, precision, output_dir)
         if self.on_report is not None:
@@ -217,6 +221,7 @@ class QuestionAnsweringTask(HeadTask):
     def _write(
         self, sets: Sequence[QuestionSet], world: World, precision: Precision, folder: Path, step: str
     ) -> list[Path]:
+        self._predict(sets, world, precision)
         files: dict[Path, dict[str, Any]] = {}
         for questions in sets:
             suffix = "_".join([questions.name] * (len(sets) > 1) + [step] * bool(step))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,11 @@ from minilm_fast.errors import UserError
 from minilm_fast.modeling.encoder import Encoder, initialise
 from minilm_fast.modeling.heads.inputs import HeadInput
 from minilm_fast.modeling.heads.labels import label_names, with_labels
+from minilm_fast.ops import forced_backend
 from minilm_fast.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from minilm_fast.modeling.heads.packed import PackedHead
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ class HeadModel(nn.Module):
 
     Attributes:
         config: of the encoder; the labels are in ``config.extra`` under their names of ``config.json``.
+        tokenizer: of the checkpoint, read when it is first asked for; may be set.
         newly_initialised: parameters of the head that a checkpoint did not have.
     """
 
@@ -42,11 +48,15 @@ class HeadModel(nn.Module):
     """What the name of the class in transformers ends with."""
     labelled: ClassVar[bool] = True
     """Whether ``num_labels`` is free to choose."""
+    reads_first_token: ClassVar[bool] = False
+    """Whether :meth:`head` takes the first token of each sequence only; the last layer is computed for it alone."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = with_labels(config) if self.labelled else config
         self.newly_initialised: list[str] = []
+        self._tokenizer: Tokenizer | Callable[[], Tokenizer] = _no_tokenizer
+        self._packed: tuple[object, PackedHead] | None = None
         self.bert = Encoder(config)
         self.build(self.config)
         initialise(self, config.initializer_range)
@@ -69,7 +79,9 @@ class HeadModel(nn.Module):
         label_names: Sequence[str] | None = None,
         problem_type: str | None = None,
         config_name: str | None = None,
+        tokenizer_name: str | None = None,
         model_type: str | None = None,
+        do_lower_case: bool | None = None,
         cache_dir: str | None = None,
     ) -> _H:
         """Loads an encoder with its head; a head that the checkpoint lacks starts afresh and is named in a warning.
@@ -81,20 +93,28 @@ class HeadModel(nn.Module):
             label_names: names of the labels, in place of ``num_labels``.
             problem_type: ``regression``, ``single_label_classification`` or ``multi_label_classification``.
             config_name: configuration, if it is not beside the weights.
+            tokenizer_name: vocabulary file, folder or hub id, if it is not beside the weights.
             model_type: the family, where neither names nor configuration tell.
+            do_lower_case: for WordPiece vocabularies; by default what the checkpoint records, else False.
             cache_dir: where downloads from the hub are kept.
 
         Raises:
             UserError: a part of the encoder is missing, or something does not fit together.
         """
-        found = checkpoint.resolve(name_or_path, config_name=config_name, cache_dir=cache_dir)
+        found = checkpoint.resolve(
+            name_or_path, config_name=config_name, tokenizer_name=tokenizer_name, cache_dir=cache_dir
+        )
         loaded = checkpoint.load(
             found.weights, config=found.config, model_type=model_type, for_training=True, fold_token_types=True
         )
         state = {**loaded.state, **loaded.extra_state}
-        return cls.from_state(
+        model = cls.from_state(
             loaded.config, state, num_labels=num_labels, label_names=label_names, problem_type=problem_type
         )
+        if found.tokenizer is not None:
+            record = loaded.tokenizer_record
+            model._tokenizer = partial(_tokenizer, found.tokenizer, model.config, record, do_lower_case, cache_dir)
+        return model
 
     @classmethod
     def from_state(
@@ -141,6 +161,42 @@ class HeadModel(nn.Module):
         model.load_state_dict(given, strict=False)
         return model
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See the class.
+
+        Raises:
+            UserError: the checkpoint came without one, or its files are not of this model.
+        """
+        if not isinstance(self._tokenizer, Tokenizer):
+            self._tokenizer = self._tokenizer()
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def packed(self, dtype: str = "fp32") -> PackedHead:
+        """The present weights packed for inference on a CPU; kept, and made anew after the weights have changed.
+
+        Args:
+            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+
+        Raises:
+            UserError: as :class:`minilm_fast.modeling.heads.packed.PackedHead`.
+        """
+        from minilm_fast.modeling.heads.packed import PackedHead
+
+        key = (dtype, forced_backend(), [(p.data_ptr(), p._version) for p in self.parameters()])
+        if self._packed is None or self._packed[0] != key:
+            self._packed = None
+            self._packed = key, PackedHead(self, dtype)
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy packs its own weights.
+        return {**self.__dict__, "_packed": None}
+
     def checkpoint_state(self) -> dict[str, Tensor]:
         """Weights under canonical names, the head as on disk."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
@@ -178,6 +234,8 @@ class HeadModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        encode: Callable[[HeadInput], Tensor] | None = None,
     ) -> Tensor:
         """Logits.
 
@@ -185,12 +243,13 @@ class HeadModel(nn.Module):
             input_ids: a packed batch, or ids ``[batch, length]``.
             attention_mask, token_type_ids, position_ids: of a padded batch, see :meth:`HeadInput.from_padded`; a packed
                 one takes ``token_type_ids`` int32 ``[tokens]`` only.
+            encode: stands in for :meth:`encode`.
 
         Raises:
             UserError: the arguments do not fit one another or the model.
         """
         batch = self.read(input_ids, attention_mask, token_type_ids, position_ids)
-        return self.head(self.encode(batch), batch)
+        return self.head((encode or self.encode)(batch), batch)
 
     def read(
         self,
@@ -199,21 +258,39 @@ class HeadModel(nn.Module):
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
     ) -> HeadInput:
-        """The arguments of :meth:`forward`, packed."""
+        """The arguments of :meth:`forward`, packed; where only first tokens are read, these alone ask."""
         if isinstance(input_ids, TokenBatch):
             if attention_mask is not None or position_ids is not None:
                 raise UserError("a packed batch has its own positions and no attention_mask")
-            return HeadInput.from_packed(self.config, input_ids, token_type_ids)
-        return HeadInput.from_padded(self.config, input_ids, attention_mask, token_type_ids, position_ids)
+            batch = HeadInput.from_packed(self.config, input_ids, token_type_ids)
+        else:
+            batch = HeadInput.from_padded(self.config, input_ids, attention_mask, token_type_ids, position_ids)
+        return batch.first_asks() if self.reads_first_token else batch
 
     def encode(self, batch: HeadInput) -> Tensor:
-        """The encoder's output ``[tokens, hidden]``."""
+        """The encoder's output ``[layout.total_queries, hidden]``: of all tokens, or of the first of each sequence."""
         tokens = batch.tokens
         return self.bert(tokens.input_ids, tokens.position_ids, tokens.layout, batch.token_type_ids)
 
     @abstractmethod
     def head(self, hidden: Tensor, batch: HeadInput) -> Tensor:
-        """Logits from the encoder's output ``[tokens, hidden]``."""
+        """Logits from the encoder's output ``[layout.total_queries, hidden]``."""
+
+
+def _no_tokenizer() -> Tokenizer:
+    raise UserError("the model has no tokenizer: give tokenizer_name, or set it")
+
+
+def _tokenizer(
+    path: str, config: Config, record: Mapping[str, Any] | None, do_lower_case: bool | None, cache_dir: str | None
+) -> Tokenizer:
+    if do_lower_case is None and record is not None:
+        do_lower_case = record.get("do_lower_case")
+    found = Tokenizer.from_pretrained(
+        path, model_type=config.model_type, do_lower_case=do_lower_case, cache_dir=cache_dir
+    )
+    checkpoint.check_tokenizer(config, record, found)
+    return found
 
 
 class Pooler(nn.Module):

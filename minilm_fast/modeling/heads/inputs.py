@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,9 +87,21 @@ class HeadInput:
         types = torch.zeros_like(tokens.input_ids) if token_type_ids is None else packed(token_type_ids)
         return cls(tokens, types, place, (input_ids.shape[0], input_ids.shape[1]))
 
-    def first_tokens(self, hidden: Tensor) -> Tensor:
-        """The first row of each sequence: ``[tokens, ...]`` -> ``[batch, ...]``."""
-        return hidden[self.tokens.layout.cu_seqlens[:-1].long()]
+    def first_asks(self) -> HeadInput:
+        """The same sequences with the first token moved behind the others, which alone asks.
+
+        Every token sees every other, and each keeps its position, so nothing depends on the order in memory; but the
+        rows that ask are the last ones of a sequence.
+        """
+        tokens = self.tokens
+        bounds = tokens.layout.cu_seqlens.long()
+        place = torch.arange(1, tokens.layout.total + 1, device=bounds.device)
+        place[bounds[1:] - 1] = bounds[:-1]
+        layout = tokens.layout.with_queries(torch.ones(len(bounds) - 1, dtype=torch.int32, device=bounds.device))
+        ids, positions = tokens.input_ids[place], tokens.position_ids[place]
+        return HeadInput(
+            replace(tokens, input_ids=ids, position_ids=positions, layout=layout), self.token_type_ids[place]
+        )
 
     def spread(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """``[tokens, ...]`` as the input was: ``[batch, length, ...]`` with ``fill`` at padding, or unchanged."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ class MultipleChoice(HeadModel):
 
     suffix = "ForMultipleChoice"
     labelled = False
+    reads_first_token = True
 
     def build(self, config: Config) -> None:
         """See :class:`HeadModel`."""
@@ -43,6 +46,7 @@ class MultipleChoice(HeadModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
+        encode: Callable[[HeadInput], Tensor] | None = None,
         choices: int | None = None,
     ) -> Tensor:
         """See the class.
@@ -61,12 +65,12 @@ class MultipleChoice(HeadModel):
             choices = input_ids.shape[1]
             input_ids = input_ids.flatten(0, 1)
             flat = [None if x is None else x.flatten(0, -2) for x in (attention_mask, token_type_ids, position_ids)]
-        return super().forward(input_ids, *flat).view(-1, choices)
+        return super().forward(input_ids, *flat, encode=encode).view(-1, choices)
 
     def head(self, hidden: Tensor, batch: HeadInput) -> Tensor:
-        """See :class:`HeadModel`."""
+        """See :class:`HeadModel`; ``hidden`` is ``[sequences, hidden]``."""
         summary = "sequence_summary" if self.config.model_type == "electra" else "bert.pooler"
-        pooled = self.get_submodule(summary)(batch.first_tokens(hidden))
+        pooled = self.get_submodule(summary)(hidden)
         return self.classifier(self.dropout(pooled))
 
     @staticmethod

@@ -34,11 +34,17 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An answer and the scores of its two ends; an empty text stands for no answer."""
+    """An answer and the scores of its two ends; an empty text stands for no answer.
+
+    Attributes:
+        start, end: its characters in the context, ``context[start:end]``.
+    """
 
     text: str
     start_logit: float
     end_logit: float
+    start: int = 0
+    end: int = 0
 
     @property
     def score(self) -> float:
@@ -60,10 +66,33 @@ class Prediction:
     candidates: list[Candidate]
     null_odds: float
 
-    def nbest(self) -> list[dict[str, float | str]]:
-        """The candidates as ``nbest_predictions_.json`` has them."""
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate that :attr:`text` is."""
+        return next(candidate for candidate in self.candidates if candidate.text == self.text)
+
+    @property
+    def start(self) -> int:
+        """The answer's first character in the context; 0 for none."""
+        return self.chosen.start
+
+    @property
+    def end(self) -> int:
+        """Where the answer ends in the context, not included; 0 for none."""
+        return self.chosen.end
+
+    @property
+    def score(self) -> float:
+        """Probability of the answer among the candidates: softmax of their scores."""
+        return float(self._probabilities()[self.candidates.index(self.chosen)])
+
+    def _probabilities(self) -> np.ndarray:
         scores = np.array([candidate.score for candidate in self.candidates])
         weights = np.exp(scores - scores.max())
+        return weights / weights.sum()
+
+    def nbest(self) -> list[dict[str, float | str]]:
+        """The candidates as ``nbest_predictions_.json`` has them."""
         return [
             {
                 "text": candidate.text,
@@ -71,7 +100,7 @@ class Prediction:
                 "start_logit": candidate.start_logit,
                 "end_logit": candidate.end_logit,
             }
-            for candidate, probability in zip(self.candidates, weights / weights.sum(), strict=True)
+            for candidate, probability in zip(self.candidates, self._probabilities(), strict=True)
         ]
 
 
@@ -149,9 +178,10 @@ def _candidates(window: Window, scores: np.ndarray, best: np.ndarray, options: A
     found = []
     for i, j in np.argwhere((lengths > 0) & (lengths <= options.max_answer_length)):
         start, end = int(starts[i]), int(ends[j])
-        text = window.context.text[offsets[start, 0] : offsets[end, 1]]
+        place = int(offsets[start, 0]), int(offsets[end, 1])
+        text = window.context.text[place[0] : place[1]]
         if text.strip():
-            found.append(Candidate(text, float(scores[first + start, 0]), float(scores[first + end, 1])))
+            found.append(Candidate(text, float(scores[first + start, 0]), float(scores[first + end, 1]), *place))
     return found
 
 

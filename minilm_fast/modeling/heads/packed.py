@@ -1,0 +1,85 @@
+"""A head model for inference: its encoder over weights that are packed once, in fp32, bf16 or int8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilm_fast import ops
+from minilm_fast.errors import UserError
+from minilm_fast.modeling.heads.base import HeadModel
+from minilm_fast.modeling.heads.inputs import HeadInput
+from minilm_fast.modeling.last_layer import LastLayer
+from minilm_fast.modeling.packed_encoder import PackedEncoder, WeightReader
+
+DTYPES = ("fp32", "bf16", "int8")
+
+
+class PackedHead:
+    """Logits of a head model's present weights, faster than the model itself and without gradients.
+
+    The encoder's layers are packed; the head, whose work is small, is the model's own and computes in fp32. Heads that
+    read the first token of a sequence have the last layer computed for that token alone. In fp32 the logits are those
+    of the model in evaluation mode to the rounding of another order of sums.
+
+    Args:
+        model: on the CPU. After its weights have changed, a new object is needed.
+        dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``: format of the linear layers' weights.
+
+    Raises:
+        UserError: an unknown dtype, or a model that is not on the CPU.
+    """
+
+    def __init__(self, model: HeadModel, dtype: str = "fp32") -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        state = model.state_dict()
+        device = next(iter(state.values())).device
+        if device.type != "cpu":
+            raise UserError(f"weights are packed for a CPU, the model is on {device}")
+        self.model = model
+        self.dtype = dtype
+        reader = WeightReader(model.config, state, dtype)
+        layers = model.config.num_hidden_layers
+        first_only = model.reads_first_token
+        self._encoder = PackedEncoder(reader, layers - 1 if first_only else layers)
+        self._last = LastLayer(reader, layers - 1) if first_only else None
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any, **more: Any) -> Tensor:
+        """Logits fp32; arguments and errors as for the model itself."""
+        with _evaluating(self.model):
+            return self.model(*inputs, **more, encode=self._encode)
+
+    def _encode(self, batch: HeadInput) -> Tensor:
+        """The encoder's output: fp32 ``[layout.total_queries, hidden]``."""
+        tokens, encoder = batch.tokens, self._encoder
+        layout, positions = tokens.layout, tokens.position_ids
+        x = encoder.embed(tokens.input_ids, positions, batch.token_type_ids)
+        x = encoder.run_layers(x, positions, layout.without_queries())
+        if self._last is None:
+            return x
+        rows = x[layout.query_index()]
+        k, v = self._last.keys_values(x)
+        q, k, v = (part.to(encoder.attention_dtype) for part in (self._last.queries(rows), k, v))
+        bias = encoder.relative_bias
+        at = None if bias is None else positions
+        context, _ = ops.attention(q, k, v, layout, relative_bias=bias, position_ids=at)
+        return self._last.block(context.to(x.dtype), rows)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
