@@ -121,8 +121,7 @@ class Group {
   int64_t rows_from(int64_t row) const { return std::min(kRowBlock, tokens_ - row); }
 
   int64_t packed_bytes(int64_t rows) const {
-    const int64_t widest = gemm::padded_k(e_.format, std::max(e_.hidden, e_.inner));
-    return round_up(rows, PackedRows::kRowMultiple) * (widest * e_.kernels.row_element_bytes + 4);
+    return round_up(rows, PackedRows::kRowMultiple) * (e_.kernels.row_bytes(std::max(e_.hidden, e_.inner)) + 4);
   }
 
   AttentionProblem make_problem() const {

@@ -1,25 +1,10 @@
-#include <immintrin.h>
-
-#include "gemm_finish.h"
 #include "gemm_kernels.h"
 #include "gemm_rows.h"
+#include "gemm_tiles.h"
 
-// Kernels on matrix tiles of 16 rows of 64 bytes: 32 bf16 or 64 int8 of k, or 16 sums. Packed rows and a panel's
-// weights are such tiles one after another. Tile registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 weights.
+// bf16 and int8 on matrix tiles. Packed rows and a panel's weights are tiles one after another.
 namespace minilm_fast::gemm {
 namespace {
-
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kLine = 64;
-
-struct __attribute__((packed)) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t unused[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 struct Bf16 {
   static constexpr Format kFormat = Format::kBf16;
@@ -29,22 +14,6 @@ struct Bf16 {
 struct Int8 {
   static constexpr Format kFormat = Format::kInt8;
   using Sum = int32_t;
-};
-
-// Sums that wait to be finished: done a few rows at a time between the matrix products of the next ones, which leave
-// the vector units idle.
-template <class Sum>
-struct Pending {
-  const Product& product;
-  Sums<Sum> sums;
-  int64_t next = 0;
-  int64_t rows = 0;
-
-  void finish_up_to(int64_t end) {
-    end = end < rows ? end : rows;
-    if (next < end) finish_rows(product, sums, next, end);
-    next = end > next ? end : next;
-  }
 };
 
 #define MULTIPLY_TILES(sum, rows, weights)   \
@@ -75,13 +44,9 @@ struct Operands {
 // Sums of kRowTiles * 16 rows and kPanels panels, as [rows][kPanels * 16].
 template <class E, int kRowTiles, int kPanels>
 void multiply_tiles(const Operands& operands, typename E::Sum* sums, Pending<typename E::Sum>& pending) {
-  static_assert(kRowTiles * kPanels <= 4, "four tiles of sums");
   const int64_t steps = operands.panel_stride / kTileBytes;
   const int64_t finish_rows_a_step = (pending.rows + steps - 1) / steps;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   for (int64_t step = 0; step < steps; ++step) {
     const char* rows = operands.rows + step * kTileBytes;
     const char* weights = operands.weights + step * kTileBytes;
@@ -111,17 +76,7 @@ void multiply_tiles(const Operands& operands, typename E::Sum* sums, Pending<typ
       for (int p = 0; p < kPanels; ++p) __builtin_prefetch(operands.out + m * operands.out_stride + p * kLine, 1);
     pending.finish_up_to((step + 1) * finish_rows_a_step);
   }
-  constexpr int64_t kStride = kPanels * kPanel * 4;
-  char* out = reinterpret_cast<char*>(sums);
-  _tile_stored(0, out, kStride);
-  if constexpr (kRowTiles == 2) _tile_stored(1, out + kTileRows * kStride, kStride);
-  if constexpr (kPanels >= 2) _tile_stored(2, out + 64, kStride);
-  if constexpr (kRowTiles == 2 && kPanels == 2) _tile_stored(3, out + kTileRows * kStride + 64, kStride);
-  if constexpr (kPanels == 4) {
-    _tile_stored(1, out + 2 * 64, kStride);
-    _tile_stored(3, out + 3 * 64, kStride);
-  }
-  __asm__ volatile("" ::: "memory");
+  store_sums<kRowTiles, kPanels>(sums);
 }
 
 #undef LOAD_ROWS
@@ -192,15 +147,13 @@ class Multiplication {
 
 template <class E>
 void multiply(const Product& product) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  const TileRegisters registers;
   Multiplication<E>(product).run();
-  _tile_release();
 }
 
 }  // namespace
 
-const Kernels kAmxBf16 = {2, kTileRows, pack_rows_bf16<Tiled>, multiply<Bf16>};
-const Kernels kAmxInt8 = {1, kTileRows, pack_rows_int8<Tiled>, multiply<Int8>};
+const Kernels kAmxBf16 = {2, 32, kTileRows, false, pack_rows_bf16<Tiled>, multiply<Bf16>};
+const Kernels kAmxInt8 = {1, 64, kTileRows, false, pack_rows_int8<Tiled>, multiply<Int8>};
 
 }  // namespace minilm_fast::gemm

@@ -27,6 +27,6 @@ struct DotBf16 {
 
 }  // namespace
 
-const Kernels kDotBf16 = {2, 1, pack_rows_bf16<Linear>, multiply<DotBf16>};
+const Kernels kDotBf16 = {2, 32, 1, false, pack_rows_bf16<Linear>, multiply<DotBf16>};
 
 }  // namespace minilm_fast::gemm

@@ -29,6 +29,6 @@ struct DotInt8 {
 
 }  // namespace
 
-const Kernels kVnniInt8 = {1, 1, pack_rows_uint8, multiply<DotInt8>};
+const Kernels kVnniInt8 = {1, 64, 1, false, pack_rows_uint8, multiply<DotInt8>};
 
 }  // namespace minilm_fast::gemm

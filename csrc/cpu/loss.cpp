@@ -111,11 +111,11 @@ struct RowPacker {
   Format format;
   int64_t k;
 
-  int64_t stride() const { return padded_k(format, k) * products.row_element_bytes; }
+  int64_t stride() const { return products.row_bytes(k); }
   int64_t bytes(int64_t count) const { return round_up(count, 32) * stride(); }
 
   gemm::Rows operator()(const gemm::Source& source, int64_t count, char* memory) const {
-    if (format == Format::kFp32 && !source.bf16) return {source.data, source.stride * 4, nullptr};
+    if (products.reads_fp32 && !source.bf16) return {source.data, source.stride * 4, nullptr};
     products.pack_rows(source, count, k, memory, nullptr);
     return {memory, stride(), nullptr};
   }

@@ -162,12 +162,12 @@ PackedRows::PackedRows(const gemm::Kernels& kernels, const gemm::Weight& weight,
                               x.stride(0), x.scalar_type() == at::kBFloat16},
                  count) {}
 
-bool PackedRows::in_place() const { return format_ == Format::kFp32 && !source_.bf16; }
+bool PackedRows::in_place() const { return kernels_.reads_fp32 && !source_.bf16; }
 
 // The packed rows, then for int8 the scales.
 int64_t PackedRows::storage_bytes() const {
   if (in_place()) return 0;
-  return round_up(count_, kRowMultiple) * (padded_k(format_, k_) * kernels_.row_element_bytes + 4);
+  return round_up(count_, kRowMultiple) * (kernels_.row_bytes(k_) + 4);
 }
 
 void PackedRows::set_storage(char* storage) { storage_ = storage; }
@@ -177,7 +177,7 @@ gemm::Rows PackedRows::from(int64_t begin) const {
     const float* rows = static_cast<const float*>(source_.data);
     return {rows + begin * source_.stride, source_.stride * static_cast<int64_t>(sizeof(float)), nullptr};
   }
-  const int64_t stride = padded_k(format_, k_) * kernels_.row_element_bytes;
+  const int64_t stride = kernels_.row_bytes(k_);
   const char* scales = storage_ + round_up(count_, kRowMultiple) * stride;
   return {storage_ + begin * stride, stride, reinterpret_cast<const float*>(scales) + begin};
 }

@@ -4,6 +4,7 @@
 // columns of a right one; or 16 sums in fp32. Tile registers: 0 and 1 left operands, 2 and 3 right ones, 4 to 7 sums.
 
 #include "attention_tile.h"
+#include "tile_registers.h"
 
 namespace minilm_fast {
 namespace {
@@ -14,22 +15,6 @@ constexpr int64_t kTileWords = kTileSide * kTileSide;  // of 32 bits
 constexpr int64_t kTileLine = 64;                      // bytes
 constexpr int64_t kAmxKeyBlock = 512;
 constexpr int64_t kAmxScoreStride = kAmxKeyBlock + kTileSide;
-
-// Configures all eight registers as full tiles for as long as it lives.
-class TileRegisters {
- public:
-  TileRegisters() {
-    struct __attribute__((packed)) {
-      uint8_t palette = 1, start_row = 0, unused[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~TileRegisters() { _tile_release(); }
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-};
 
 // The intrinsics do not tell the compiler which memory they use.
 inline void memory_fence() { __asm__ volatile("" ::: "memory"); }

@@ -9,8 +9,8 @@
 //
 // A weight [n, k] is packed in panels of 16 output features, zeros beyond n and k. A panel holds, for each group of
 // consecutive k that one 32-bit lane holds, the 16 features side by side: fp32 [k][16], bf16 [k/2][16][2], int8
-// [k/4][16][4]. That is the operand of an FMA, of a two- or four-way dot product and of a matrix tile alike, so a
-// packed weight serves every instruction set.
+// [k/4][16][4]. That is the operand of an FMA, of a two- or four-way dot product and (but for fp32, which is split on
+// the way) of a matrix tile alike, so a packed weight serves every instruction set.
 namespace minilm_fast::gemm {
 
 enum class Format : int { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// The k of a packed weight: a whole number of matrix-tile rows of 64 bytes, but for fp32, which has no tiles.
+// The k of a packed weight: a whole number of matrix-tile rows of 64 bytes, but for fp32.
 constexpr int64_t padded_k(Format format, int64_t k) {
   return format == Format::kFp32 ? k : round_up(k, format == Format::kBf16 ? 32 : 64);
 }
@@ -72,10 +72,14 @@ struct Source {
 };
 
 struct Kernels {
-  int64_t row_element_bytes;  // a packed row takes padded_k(format, k) elements
+  int64_t row_element_bytes;  // of a packed row
+  int64_t row_k_multiple;     // a packed row has a multiple of so many elements
   int64_t row_multiple;       // packed rows are readable up to a multiple of this; those beyond may hold anything
+  bool reads_fp32;            // fp32 rows need no packing
   void (*pack_rows)(const Source& source, int64_t row_count, int64_t k, void* rows, float* scales);
   void (*multiply)(const Product& product);
+
+  int64_t row_bytes(int64_t k) const { return round_up(k, row_k_multiple) * row_element_bytes; }
 };
 
 const Kernels& kernels(Isa isa, Format format);
