@@ -117,8 +117,9 @@ class Multiplication {
   template <int kRowTiles, int kPanels>
   void multiply_block(int64_t row, int64_t panel) {
     const char* weights = weights_ + panel * panel_bytes_;
-    // Each block of rows fetches its share of every step of the next panels.
-    const int64_t lines = kPanels * kTileBytes / kLine;
+    // Each block of rows fetches its share of every step of the next panels. Where there is one block, the processor
+    // does as well by itself.
+    const int64_t lines = product_.row_count > kTileRows ? kPanels * kTileBytes / kLine : 0;
     const int64_t first = lines * row / product_.row_count;
     const int64_t next = row + kRowTiles * kTileRows;
     const int64_t last = next >= product_.row_count ? lines : lines * next / product_.row_count;
