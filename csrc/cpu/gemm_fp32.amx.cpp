@@ -64,7 +64,7 @@ void pack_rows_split(const Source& source, int64_t row_count, int64_t k, void* r
 }
 
 // A line of a tile of weights, of each part: two k of a panel in fp32.
-inline void split_line(Float even, Float odd, char* out) {
+__attribute__((always_inline)) inline void split_line(Float even, Float odd, char* out) {
   typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
   const Parts a = split_truncated(even), b = split_truncated(odd);
   for (int part = 0; part < kParts; ++part) {
