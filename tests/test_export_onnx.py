@@ -164,9 +164,14 @@ def test_embeddings(pooling, normalize, tmp_path):
     assert about["pooling"] == pooling and about["normalize"] == str(normalize).lower()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_masked_lm(tied, tmp_path):
-    config = SMALL.replace(tie_word_embeddings=tied)
+@pytest.mark.parametrize(
+    ("tied", "changes"),
+    [(True, {}), (False, {}), (True, {"model_type": "roberta", "type_vocab_size": 0, "hidden_act": "relu"})],
+    ids=str,
+)
+def test_masked_lm(tied, changes, tmp_path):
+    values = {**SMALL.to_dict(), "pad_token_id": 0, **changes}
+    config = Config.from_dict(values, model_type=values["model_type"]).replace(tie_word_embeddings=tied)
     network = Seq2SeqModel.from_state(config, random_state(config)).eval()
     checkpoint.save(tmp_path / "model", config, network.checkpoint_state())
     export_onnx.export_onnx(tmp_path / "model", tmp_path / "model.onnx", task="masked-lm")

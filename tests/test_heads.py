@@ -17,6 +17,7 @@ from minilm_fast.config import Config
 from minilm_fast.data.token_batch import TokenBatch
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.heads import HeadModel
+from minilm_fast.modeling.inference import InferenceEngine
 
 GOLDENS = Path(__file__).parent / "goldens"
 FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Electra")
@@ -290,3 +291,21 @@ def test_a_part_of_the_encoder_is_missing(tmp_path: Path) -> None:
 def test_summary_that_electra_does_not_have() -> None:
     with pytest.raises(UserError, match="summary_type 'mean' is not supported"):
         make_small("MultipleChoice", model_type="electra", summary_type="mean")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_activation_of_the_masked_lm_head(family: str, tmp_path: Path) -> None:
+    """``hidden_act`` for BERT, always GELU for the others; in the network and in what decodes."""
+    theirs = make_theirs(family, minilm_fast.MaskedLM, hidden_act="relu")
+    theirs.save_pretrained(tmp_path)
+    inputs = make_inputs(family, minilm_fast.MaskedLM, MASKS["right"])
+    tokens = inputs["attention_mask"].bool()
+    output = theirs(**inputs, output_hidden_states=True)
+    found = minilm_fast.MaskedLM.from_pretrained(tmp_path).eval()(**inputs)
+    torch.testing.assert_close(found[tokens], output.logits[tokens], rtol=1e-5, atol=1e-5)
+    loaded = checkpoint.load(tmp_path, fold_token_types=True)
+    engine = InferenceEngine(loaded.config, loaded.state)
+    scores, ids = engine.predict(output.hidden_states[-1][tokens], SIZES["vocab_size"])
+    expected = output.logits[tokens].log_softmax(-1)
+    torch.testing.assert_close(scores, expected.gather(1, ids.long()), rtol=1e-4, atol=1e-3)

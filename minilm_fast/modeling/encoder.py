@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minilm_fast import ops
-from minilm_fast.config import Config
+from minilm_fast.config import ROBERTA_TYPES, Config
 from minilm_fast.errors import UserError
 from minilm_fast.ops.dropout import draw_seeds
 from minilm_fast.ops.layout import SequenceLayout
@@ -41,6 +41,11 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in _ACTIVATIONS:
         raise UserError(f"hidden_act {name!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
     return _ACTIVATIONS[name]
+
+
+def lm_head_activation(config: Config) -> str:
+    """The activation of the masked-LM head: ``hidden_act``, for RoBERTa, XLM-R and ELECTRA always the exact GELU."""
+    return "gelu" if config.model_type in (*ROBERTA_TYPES, "electra") else config.hidden_act
 
 
 def relative_position_bucket(distance: Tensor, bins: int, max_distance: int) -> Tensor:

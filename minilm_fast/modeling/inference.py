@@ -14,6 +14,7 @@ import torch
 
 from minilm_fast import ops
 from minilm_fast.config import Config
+from minilm_fast.modeling.encoder import lm_head_activation
 from minilm_fast.modeling.last_layer import LastLayer
 from minilm_fast.modeling.packed_encoder import PackedEncoder, WeightReader, attention_dtype
 
@@ -100,6 +101,7 @@ class InferenceEngine:
         self._encoder = PackedEncoder(reader, last)
         self._last = LastLayer(reader, last)
         self._transform = reader.linear("cls.predictions.transform.dense")
+        self._activation = lm_head_activation(config)
         self._transform_norm = reader.norm("cls.predictions.transform")
         decoder = state.get("cls.predictions.decoder.weight", self._encoder.embed.word)
         self._head = ops.pack_weight(decoder.to(self.device), dtype)
@@ -288,7 +290,7 @@ class InferenceEngine:
         suppress: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The ``k`` best next tokens of each row: see :func:`minilm_fast.ops.lm_head_topk`."""
-        x = self._transform_norm(self._transform(hidden, self.config.hidden_act))
+        x = self._transform_norm(self._transform(hidden, self._activation))
         return ops.lm_head_topk(
             x, self._head, self._head_bias, k, banned=banned, suppress_id=suppress_id, suppress=suppress
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minilm_fast.config import ROBERTA_TYPES, Config
 from minilm_fast.errors import UserError
-from minilm_fast.modeling.encoder import relative_position_bucket
+from minilm_fast.modeling.encoder import lm_head_activation, relative_position_bucket
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -284,7 +284,7 @@ def masked_lm(build: GraphBuilder) -> None:
     """Output ``logits [batch, sequence, vocabulary]``."""
     config, graph, base = build.config, build.graph.scoped("predictions"), "cls.predictions"
     hidden = build.dense(graph, f"{base}.transform.dense", build.encoder())
-    hidden = build.activation(graph, "gelu" if config.model_type == "electra" else config.hidden_act, hidden)
+    hidden = build.activation(graph, lm_head_activation(config), hidden)
     hidden = build.norm(graph, f"{base}.transform.LayerNorm", hidden)
     if config.tie_word_embeddings:
         # Transposed in the graph, so that the file holds the word embeddings once.

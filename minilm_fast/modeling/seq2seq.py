@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilm_fast import ops
-from minilm_fast.config import ROBERTA_TYPES, Config
+from minilm_fast.config import Config
 from minilm_fast.data.batching import PackedBatch
 from minilm_fast.errors import UserError
 from minilm_fast.layouts import (
@@ -20,22 +20,19 @@ from minilm_fast.layouts import (
     WORD_EMBEDDINGS,
     tile_positions,
 )
-from minilm_fast.modeling.encoder import Encoder, activated, activation
+from minilm_fast.modeling.encoder import Encoder, activated, activation, lm_head_activation
 
 logger = logging.getLogger(__name__)
 
 
 class Transform(nn.Module):
-    """Dense, activation, LayerNorm before the vocabulary.
-
-    The activation is ``hidden_act``, for RoBERTa, XLM-R and ELECTRA always the exact GELU.
-    """
+    """Dense, activation (see :func:`lm_head_activation`), LayerNorm before the vocabulary."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.embedding_size)
-        exact = config.hidden_act == "gelu" or config.model_type in (*ROBERTA_TYPES, "electra")
-        self.activation = None if exact else activation(config.hidden_act)
+        name = lm_head_activation(config)
+        self.activation = None if name == "gelu" else activation(name)
         self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
