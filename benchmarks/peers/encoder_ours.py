@@ -47,9 +47,9 @@ class MinilmFast(EncoderPeer):
     def encode(self, batch: Any, case: Case) -> np.ndarray:
         import torch
 
-        from minilm_fast.modeling.embedding import pool
+        from minilm_fast import ops
 
         with torch.no_grad():
             hidden = self.encoder.hidden_states(batch.input_ids, batch.position_ids, batch.layout)
-            vectors: np.ndarray = torch.nn.functional.normalize(pool(hidden, batch, "mean")).numpy()
+            vectors: np.ndarray = ops.pool_sequences(hidden, batch.layout, "mean", normalize=True).numpy()
         return vectors

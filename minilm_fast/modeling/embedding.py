@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from minilm_fast import ops
 from minilm_fast.config import read_json
 from minilm_fast.data.parallel import ordered_map
 from minilm_fast.data.token_batch import TokenBatch
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.packed_encoder import PackedEncoder
+from minilm_fast.ops.pool import POOLINGS
 from minilm_fast.tokenization import Tokenizer
 
-POOLINGS = ("mean", "cls", "max")
 SETTINGS_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
 DEFAULT_BATCH_SIZE = 64
 # Special tokens around a text.
@@ -119,19 +119,6 @@ def encode_tokens(texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: in
     ]
 
 
-def pool(hidden: Tensor, batch: TokenBatch, pooling: str) -> Tensor:
-    """One vector a sequence, fp32 ``[batch, hidden]``, of hidden states ``[tokens, hidden]``."""
-    starts = batch.layout.cu_seqlens.long()
-    if pooling == "cls":
-        return hidden[starts[:-1]]
-    lengths = starts.diff()
-    index = torch.arange(lengths.numel()).repeat_interleave(lengths, output_size=batch.layout.total)
-    out = hidden.new_zeros(lengths.numel(), hidden.shape[1])
-    if pooling == "mean":
-        return out.index_add_(0, index, hidden) / lengths[:, None]
-    return out.scatter_reduce_(0, index[:, None].expand_as(hidden), hidden, "amax", include_self=False)
-
-
 class Embedder:
     """Turns texts into vectors.
 
@@ -173,10 +160,8 @@ class Embedder:
         """Vectors of texts given as ids: fp32 ``[texts, hidden]``."""
         batch = TokenBatch.from_sequences(ids)
         hidden = self._encoder.hidden_states(batch.input_ids, batch.position_ids, batch.layout)
-        vectors = pool(hidden, batch, self._settings.pooling)
-        if self._settings.normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=1)
-        return vectors.numpy()
+        settings = self._settings
+        return ops.pool_sequences(hidden, batch.layout, settings.pooling, settings.normalize).numpy()
 
 
 def _batches(texts: Iterable[str], batch_size: int) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ from minilm_fast.ops.linear import PackedWeight, linear, lm_head_topk, pack_weig
 from minilm_fast.ops.loss import label_smoothed_cross_entropy
 from minilm_fast.ops.norm import add_layer_norm, bias_gelu, dropout_add_layer_norm, embed_layer_norm
 from minilm_fast.ops.padded_attention import padded_attention
+from minilm_fast.ops.pool import pool_sequences
 from minilm_fast.ops.relation_kl import relation_kl
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "lm_head_topk",
     "pack_weight",
     "padded_attention",
+    "pool_sequences",
     "projected_attention",
     "relation_kl",
     "store_source",

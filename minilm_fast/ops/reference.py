@@ -391,3 +391,22 @@ def adamw(
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     param.addcdiv_(mean, square.sqrt().add_(eps), value=-step_size).mul_(decay)
+
+
+def pool_sequences(hidden: torch.Tensor, cu_seqlens: torch.Tensor, pooling: str, normalize: bool) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.pool_sequences`, with the offsets in the place of the layout."""
+    starts = cu_seqlens.long()
+    lengths = starts.diff()
+    empty = (lengths == 0)[:, None]
+    out = hidden.new_zeros(lengths.numel(), hidden.shape[1])
+    if pooling == "cls":
+        rows = torch.cat([hidden, out[:1]])[starts[:-1]] if lengths.numel() else out
+        out = rows.masked_fill(empty, 0.0)
+    else:
+        index = torch.arange(lengths.numel(), device=hidden.device)
+        index = index.repeat_interleave(lengths, output_size=hidden.shape[0])
+        if pooling == "mean":
+            out = out.index_add(0, index, hidden) / lengths.clamp(min=1)[:, None]
+        else:
+            out = out.scatter_reduce(0, index[:, None].expand_as(hidden), hidden, "amax", include_self=False)
+    return F.normalize(out, dim=1) if normalize else out
