@@ -23,7 +23,7 @@ def word(token: int) -> str:
     return SPECIALS[token] if token < len(SPECIALS) else f"w{token}"
 
 
-def _create(shape: ModelShape, seed: int) -> Any:
+def create(shape: ModelShape, seed: int) -> Any:
     import torch
     from transformers import BartConfig, BartForConditionalGeneration
 
@@ -49,7 +49,7 @@ def _create(shape: ModelShape, seed: int) -> Any:
 def prepare(shape: ModelShape, seed: int, folder: Path, with_ctranslate2: bool) -> None:
     """Write the cousin as a transformers folder and, if asked for, as a CTranslate2 folder."""
     source = folder / HUGGINGFACE_FOLDER
-    _create(shape, seed).save_pretrained(source)
+    create(shape, seed).save_pretrained(source)
     if with_ctranslate2:
         _convert(shape, source, folder / CTRANSLATE_FOLDER)
 

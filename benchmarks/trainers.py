@@ -24,7 +24,8 @@ SMOOTHING = 0.1
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What is trained: the model's shape, the longest source and target, dropout, ``fp32`` or ``bf16`` (autocast)."""
+    """What is trained: the model's shape, the longest source and target, dropout, ``fp32``, or ``bf16`` or ``fp16``
+    (autocast; the gradients of fp16 are not scaled), and where. ``compiler`` is the backend of torch.compile."""
 
     shape: ModelShape
     max_source: int
@@ -32,6 +33,14 @@ class TrainJob:
     dropout: float
     dtype: str
     checkpointing: bool = False
+    device: str = "cpu"
+    compiler: str = "inductor"
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        dtype = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=self.dtype != "fp32")
 
 
 class Trainer(ABC):
@@ -46,7 +55,11 @@ class Trainer(ABC):
         for parameter in self.model.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-        self.optimizer = AdamW(self.model.parameters(), lr=1e-5)
+        self.model.to(job.device)
+        self.optimizer = self.build_optimizer()
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        return AdamW(self.model.parameters(), lr=1e-5)
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -62,13 +75,17 @@ class Trainer(ABC):
 
     def step(self, samples: Sequence[Sample]) -> float:
         """Forward, backward, clipping, update; returns the loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.job.dtype == "bf16"):
+        return self.update(samples).item()
+
+    def update(self, samples: Sequence[Sample]) -> Tensor:
+        """The step; the loss stays on the device, for which nothing here waits."""
+        with self.job.autocast:
             loss = self.loss(samples)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach()
 
 
 class Ours(Trainer):
@@ -99,7 +116,7 @@ class Ours(Trainer):
         return "packed, attention without a mask matrix, fused norm, GELU and loss"
 
     def loss(self, samples: Sequence[Sample]) -> Tensor:
-        return self.model(collate(samples, multiple=64))
+        return self.model(collate(samples, multiple=64).to(self.job.device))
 
 
 def _smoothed(logits: Tensor, labels: Tensor) -> Tensor:
@@ -207,13 +224,15 @@ class Original(Trainer):
         after = source[:, None] + torch.arange(job.max_target)
         positions = torch.cat([torch.arange(job.max_source).expand(len(samples), -1), after, after], dim=1)
         types = (torch.arange(sum(parts)) >= job.max_source).long()
+        ids, positions, types = (x.to(job.device) for x in (ids, positions, types))
         x = model.word(ids) + model.position(positions) + model.token_type(types)
         x = model.dropout(model.norm(x))
-        mask = self._mask(source, target)
+        mask = self._mask(source, target).to(job.device)
         for layer in model.layers:
             x = layer(x, mask, parts)
         logits = model.head(x[:, -job.max_target :], model.word.weight)
-        return _smoothed(logits.flatten(0, 1), _padded([s.labels for s in samples], job.max_target).flatten())
+        labels = _padded([s.labels for s in samples], job.max_target).flatten()
+        return _smoothed(logits.flatten(0, 1), labels.to(job.device))
 
 
 class HuggingFace(Trainer):
@@ -245,7 +264,11 @@ class HuggingFace(Trainer):
         return f"transformers {transformers.__version__}, sdpa, dense mask, padded to the longest of the batch"
 
     def loss(self, samples: Sequence[Sample]) -> Tensor:
-        model: Any = self.model
+        return self.network(*(x.to(self.job.device) for x in self.inputs(samples)))
+
+    def inputs(self, samples: Sequence[Sample]) -> tuple[Tensor, ...]:
+        """Of :meth:`network`: ids, positions and token types ``[batch, longest]``, the mask ``[batch, 1, longest,
+        longest]``, the places of the rows that predict, and their labels."""
         counts = [(len(s.source), len(s.target), len(s.pseudo)) for s in samples]
         layout = SequenceLayout.from_counts(*zip(*counts, strict=True))
         longest = layout.max_seqlen
@@ -254,15 +277,43 @@ class HuggingFace(Trainer):
         mask |= torch.eye(longest, dtype=torch.bool)
         positions = [[*range(a + b), *range(a, a + c)] for a, b, c in counts]
         types = [[0] * a + [1] * (b + c) for a, b, c in counts]
-        hidden = model.bert(
-            input_ids=_padded([[*s.source, *s.target, *s.pseudo] for s in samples], longest),
-            position_ids=_padded(positions, longest),
-            token_type_ids=_padded(types, longest),
-            attention_mask=mask[:, None],
-        ).last_hidden_state
         rows = torch.tensor([i * longest + a + b + j for i, (a, b, c) in enumerate(counts) for j in range(c)])
-        logits = model.cls(hidden.flatten(0, 1)[rows])
-        return _smoothed(logits, torch.tensor([label for s in samples for label in s.labels]))
+        return (
+            _padded([[*s.source, *s.target, *s.pseudo] for s in samples], longest),
+            _padded(positions, longest),
+            _padded(types, longest),
+            mask[:, None],
+            rows,
+            torch.tensor([label for s in samples for label in s.labels]),
+        )
+
+    def network(
+        self, ids: Tensor, positions: Tensor, types: Tensor, mask: Tensor, rows: Tensor, labels: Tensor
+    ) -> Tensor:
+        """The loss."""
+        model: Any = self.model
+        hidden = model.bert(
+            input_ids=ids, position_ids=positions, token_type_ids=types, attention_mask=mask
+        ).last_hidden_state
+        return _smoothed(model.cls(hidden.flatten(0, 1)[rows]), labels)
 
 
-TRAINERS: dict[str, type[Trainer]] = {"ours": Ours, "original": Original, "hf": HuggingFace}
+class Compiled(HuggingFace):
+    """The same with network and loss under ``torch.compile`` and torch's fused optimiser."""
+
+    name = "hf, compiled"
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        self._compiled = torch.compile(self.network, backend=self.job.compiler)
+        return model
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+
+    def loss(self, samples: Sequence[Sample]) -> Tensor:
+        loss: Tensor = self._compiled(*(x.to(self.job.device) for x in self.inputs(samples)))
+        return loss
+
+
+TRAINERS: dict[str, type[Trainer]] = {"ours": Ours, "original": Original, "hf": HuggingFace, "compiled": Compiled}
