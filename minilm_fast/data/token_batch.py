@@ -32,10 +32,10 @@ class TokenBatch:
         Args:
             sequences: the ids of each, special tokens included.
         """
-        parts = [torch.as_tensor(sequence, dtype=torch.int32) for sequence in sequences]
-        lengths = [len(part) for part in parts]
-        layout = SequenceLayout.bidirectional(lengths)
-        return cls(_joined(parts), _joined([torch.arange(n, dtype=torch.int32) for n in lengths]), layout)
+        parts = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+        layout = SequenceLayout.bidirectional([len(part) for part in parts])
+        positions = [np.arange(len(part), dtype=np.int32) for part in parts]
+        return cls(_joined(parts), _joined(positions), layout)
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> TokenBatch:
@@ -85,5 +85,5 @@ class TokenBatch:
         )
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=torch.int32)
+def _joined(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32))

@@ -233,7 +233,7 @@ class PackedEncoder:
         self.relative_bias = reader.relative_bias()
         # All layers can be one operator if their activation is the erf-GELU.
         fused = config.hidden_act == "gelu" and all(can_fuse(layer.projection.weight) for layer in self.layers)
-        self._fused = [layer.fused() for layer in self.layers] if fused else None
+        self._fused = ops.EncoderStack.of([layer.fused() for layer in self.layers]) if fused else None
 
     @property
     def attention_dtype(self) -> torch.dtype:
@@ -255,6 +255,9 @@ class PackedEncoder:
         config = self.config
         if not config.type_vocab_size:
             return None
+        if layout.only_sources:
+            device = layout.cu_seqlens.device
+            return torch.full((layout.total,), config.source_type_id, dtype=torch.int32, device=device)
         return torch.where(layout.in_source(), config.source_type_id, config.target_type_id).to(torch.int32)
 
     def run_layers(self, x: Tensor, positions: Tensor, layout: ops.SequenceLayout) -> Tensor:

@@ -5,7 +5,7 @@ from minilm_fast.ops.adamw import adamw
 from minilm_fast.ops.attention import attention, projected_attention
 from minilm_fast.ops.beam import ban_repeated_ngrams, beam_step
 from minilm_fast.ops.decode_attention import decode_attention, store_source
-from minilm_fast.ops.encoder import EncoderLayer, encoder_layers
+from minilm_fast.ops.encoder import EncoderLayer, EncoderStack, encoder_layers
 from minilm_fast.ops.layout import SequenceLayout
 from minilm_fast.ops.linear import PackedWeight, linear, lm_head_topk, pack_weight
 from minilm_fast.ops.loss import label_smoothed_cross_entropy
@@ -16,6 +16,7 @@ from minilm_fast.ops.relation_kl import relation_kl
 
 __all__ = [
     "EncoderLayer",
+    "EncoderStack",
     "PackedWeight",
     "SequenceLayout",
     "adamw",

@@ -81,6 +81,40 @@ class EncoderLayer:
         return [getattr(self, field.name) for field in fields(self)[4:]]
 
 
+@dataclass(frozen=True)
+class EncoderStack:
+    """Layers in the form that the operator takes: made once, it spares every call the collecting.
+
+    Attributes:
+        weights: four a layer, as their backend packed them.
+        vectors: eight a layer.
+        inner: size between the two products after the attention.
+        format, backend: of the weights.
+    """
+
+    weights: list[torch.Tensor]
+    vectors: list[torch.Tensor]
+    inner: int
+    format: str
+    backend: str
+
+    @classmethod
+    def of(cls, layers: Sequence[EncoderLayer]) -> EncoderStack:
+        """The stack of some layers.
+
+        Raises:
+            ValueError: their weights differ in format or backend.
+        """
+        weights = [weight for layer in layers for weight in layer.weights()]
+        kinds = {(weight.format, weight.backend) for weight in weights}
+        if len(kinds) > 1:
+            raise ValueError("encoder_layers: the weights must be packed in one format by one backend")
+        format, backend = kinds.pop() if kinds else ("fp32", "reference")
+        vectors = [vector for layer in layers for vector in layer.vectors()]
+        inner = layers[0].intermediate.out_features if layers else 0
+        return cls([weight.data for weight in weights], vectors, inner, format, backend)
+
+
 def can_fuse(weight: PackedWeight) -> bool:
     """Whether :func:`encoder_layers` exists for the backend that packed a weight."""
     return unusable(weight.backend, "encoder_layers", weight.data.device) is None
@@ -88,7 +122,7 @@ def can_fuse(weight: PackedWeight) -> bool:
 
 def encoder_layers(
     x: torch.Tensor,
-    layers: Sequence[EncoderLayer],
+    layers: Sequence[EncoderLayer] | EncoderStack,
     layout: SequenceLayout,
     heads: int,
     eps: float,
@@ -118,24 +152,20 @@ def encoder_layers(
         raise ValueError("encoder_layers: all rows of the layout must ask")
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("encoder_layers: relative_bias and position_ids go together")
-    weights = [weight for layer in layers for weight in layer.weights()]
-    kinds = {(weight.format, weight.backend) for weight in weights}
-    if len(kinds) > 1:
-        raise ValueError("encoder_layers: the weights must be packed in one format by one backend")
-    if not weights:
+    stack = layers if isinstance(layers, EncoderStack) else EncoderStack.of(layers)
+    if not stack.weights:
         return x
-    format, packer = kinds.pop()
-    run = _reference if packer == "reference" else _op
+    run = _reference if stack.backend == "reference" else _op
     return run(
         x.contiguous(),
-        [weight.data for weight in weights],
-        [vector for layer in layers for vector in layer.vectors()],
+        stack.weights,
+        stack.vectors,
         layout.cu_seqlens,
         layout.segments,
         layout.max_seqlen,
         heads,
-        layers[0].intermediate.out_features,
-        FORMATS.index(format),
+        stack.inner,
+        FORMATS.index(stack.format),
         eps,
         relative_bias,
         position_ids,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -27,6 +28,7 @@ class SequenceLayout:
         cu_queries: int32 ``[batch + 1]`` or None: of sequence ``i`` only the last
             ``cu_queries[i + 1] - cu_queries[i]`` rows ask (see :meth:`with_queries`).
         total_queries: number of rows that ask.
+        only_sources: True where it is known that every token is a source token.
     """
 
     cu_seqlens: torch.Tensor
@@ -35,6 +37,7 @@ class SequenceLayout:
     total: int
     cu_queries: torch.Tensor | None = None
     total_queries: int = -1
+    only_sources: bool = False
 
     def __post_init__(self) -> None:
         if self.cu_queries is None:
@@ -64,7 +67,14 @@ class SequenceLayout:
     @classmethod
     def bidirectional(cls, lengths: Counts, device: torch.device | str = "cpu") -> SequenceLayout:
         """Every token of a sequence sees every other (BERT)."""
-        return cls.from_counts(lengths, [0] * len(lengths), [0] * len(lengths), device)
+        counts = [int(n) for n in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)]
+        if min(counts, default=0) < 0:
+            raise ValueError("a sequence cannot have a negative number of tokens")
+        starts = [0, *accumulate(counts)]
+        segments = torch.tensor([part for n in counts for part in (n, 0, 0)], dtype=torch.int32, device=device)
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+        longest = max(counts, default=0)
+        return cls(cu_seqlens, segments.view(-1, 3), longest, starts[-1], only_sources=True)
 
     @classmethod
     def causal(cls, lengths: Counts, device: torch.device | str = "cpu") -> SequenceLayout:
