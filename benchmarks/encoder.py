@@ -227,7 +227,7 @@ def _disagreement(dtype: str, agreement: dict[str, dict[str, float]]) -> str:
     for case, found in agreement.items():
         if dtype == "fp32" and not found["difference"] <= FP32_TOLERANCE:
             return f"its embeddings differ by {found['difference']:.2g} from the reference ({case})"
-        # The mean: one sentence that an int8 peer spoils is shown beside its speed, and does not take it out of the table.
+        # The mean: one sentence that an int8 peer spoils is shown beside its speed, and does not keep it out.
         if not found["mean_cosine"] >= LEAST_MEAN_COSINE:
             return f"its embeddings have a mean cosine of only {found['mean_cosine']:.3f} to the reference ({case})"
     return ""
