@@ -3,10 +3,16 @@
 #include <torch/extension.h>
 
 #include "block_allocator.h"
+#include "interface.h"
 #include "isa.h"
+
+// An array that the linker keeps, so that the text stands in the file as it is.
+extern "C" __attribute__((used, visibility("default"))) const char minilm_fast_interface[];
+const char minilm_fast_interface[] = "minilm_fast-interface:" MINILM_FAST_INTERFACE ";";
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of minilm_fast";
+  m.attr("interface") = MINILM_FAST_INTERFACE;
   m.def(
       "isa", [] { return minilm_fast::isa_name(minilm_fast::current_isa()); },
       "Name of the CPU instruction set in use");

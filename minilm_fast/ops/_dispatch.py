@@ -18,6 +18,7 @@ import torch
 
 from minilm_fast.errors import UserError
 from minilm_fast.ops import _cuda, _triton
+from minilm_fast.ops._extension import EXTENSION_ERROR, OUTDATED
 
 PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -38,18 +39,6 @@ _warned: set[str] = set()
 
 class BackendError(UserError, RuntimeError):
     """A forced backend cannot run an operator; the message says why."""
-
-
-def _load_extension() -> str | None:
-    """Imports the extension; returns None if it is there and otherwise the reason why not."""
-    try:
-        from minilm_fast import _C  # noqa: F401
-    except ImportError as error:
-        return f"the compiled extension minilm_fast._C cannot be imported ({error})"
-    return None
-
-
-EXTENSION_ERROR = _load_extension()
 
 
 def _environment_backend() -> str | None:
@@ -150,7 +139,7 @@ def select(operator: str, *tensors: torch.Tensor | None, refusals: Mapping[str, 
 
 def _warn_once(operator: str, device: str, reasons: list[str]) -> None:
     key = "extension" if EXTENSION_ERROR is not None and device == "cpu" else f"{operator} on {device}"
-    if key in _warned:
+    if key in _warned or (key == "extension" and OUTDATED):
         return
     _warned.add(key)
     what = "all operators run" if key == "extension" else f"{operator} runs"
