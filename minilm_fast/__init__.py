@@ -9,18 +9,30 @@ from minilm_fast._version import __version__
 if TYPE_CHECKING:
     from minilm_fast.config import Config
     from minilm_fast.modeling.classification import SequenceClassifier
-    from minilm_fast.modeling.heads import MaskedLM, MultipleChoice, TokenClassifier
+    from minilm_fast.modeling.heads import (
+        CausalLM,
+        MaskedLM,
+        MultipleChoice,
+        NextSentencePredictor,
+        PreTraining,
+        ReplacedTokenDetector,
+        TokenClassifier,
+    )
     from minilm_fast.modeling.model import Model
     from minilm_fast.modeling.question_answering import QuestionAnswerer
     from minilm_fast.ops import backend
     from minilm_fast.tokenization import Tokenizer
 
 __all__ = [
+    "CausalLM",
     "Config",
     "MaskedLM",
     "Model",
     "MultipleChoice",
+    "NextSentencePredictor",
+    "PreTraining",
     "QuestionAnswerer",
+    "ReplacedTokenDetector",
     "SequenceClassifier",
     "TokenClassifier",
     "Tokenizer",
@@ -30,11 +42,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CausalLM": "minilm_fast.modeling.heads",
     "Config": "minilm_fast.config",
     "MaskedLM": "minilm_fast.modeling.heads",
     "Model": "minilm_fast.modeling.model",
     "MultipleChoice": "minilm_fast.modeling.heads",
+    "NextSentencePredictor": "minilm_fast.modeling.heads",
+    "PreTraining": "minilm_fast.modeling.heads",
     "QuestionAnswerer": "minilm_fast.modeling.question_answering",
+    "ReplacedTokenDetector": "minilm_fast.modeling.heads",
     "SequenceClassifier": "minilm_fast.modeling.classification",
     "TokenClassifier": "minilm_fast.modeling.heads",
     "Tokenizer": "minilm_fast.tokenization",

@@ -91,6 +91,8 @@ def export_onnx(
 
     found = checkpoint.resolve(model_path, config_name=config_name, cache_dir=cache_dir)
     loaded = checkpoint.load(found.weights, config=found.config, model_type=model_type, fold_token_types=True)
+    if loaded.config.extra.get("is_decoder"):
+        raise UserError(f"{loaded.path}: the configuration says is_decoder; only bidirectional models are exported")
     build = GraphBuilder(loaded.config, {**loaded.extra_state, **loaded.state})
     try:
         _add_task(build, task, pooling, normalize)

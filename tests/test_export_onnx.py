@@ -309,6 +309,15 @@ def test_bad_arguments(arguments, named, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_causal_models_are_refused(tmp_path):
+    from minilm_fast import CausalLM
+
+    CausalLM(Config.from_file(GOLDENS / "tiny")).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="the configuration says is_decoder; only bidirectional models are exported"):
+        export_onnx.export_onnx(tmp_path / "model", tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_unknown_task_from_python(tmp_path):
     with pytest.raises(UserError, match="--task must be one of"):
         export_onnx.export_onnx(GOLDENS / "tiny", tmp_path / "model.onnx", task="translation")

@@ -21,7 +21,9 @@ from minilm_fast.modeling.inference import InferenceEngine
 
 GOLDENS = Path(__file__).parent / "goldens"
 FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Electra")
-HEADS = ("SequenceClassifier", "TokenClassifier", "MultipleChoice", "QuestionAnswerer", "MaskedLM")
+HEADS = ("SequenceClassifier", "TokenClassifier", "MultipleChoice", "QuestionAnswerer", "MaskedLM", "CausalLM")
+CASES = [(name, family) for name in HEADS for family in FAMILIES]
+CASES += [("NextSentencePredictor", "Bert"), ("PreTraining", "Bert"), ("ReplacedTokenDetector", "Electra")]
 SIZES = {
     "vocab_size": 60,
     "hidden_size": 24,
@@ -37,6 +39,10 @@ MASKS = {
 }
 
 
+def their_name(family: str, head: type[HeadModel]) -> str:
+    return {"BertForCausalLM": "BertLMHeadModel"}.get(family + head.suffix, family + head.suffix)
+
+
 def make_theirs(family: str, head: type[HeadModel], **changes: Any) -> Any:
     """A model of transformers all of whose weights, the token types' of RoBERTa too, are random."""
     import transformers
@@ -45,7 +51,8 @@ def make_theirs(family: str, head: type[HeadModel], **changes: Any) -> Any:
     if family == "Electra":
         sizes.setdefault("embedding_size", 16)
     torch.manual_seed(0)
-    model: Any = getattr(transformers, family + head.suffix)(getattr(transformers, f"{family}Config")(**sizes)).eval()
+    config = getattr(transformers, f"{family}Config")(**sizes, is_decoder=head.causal)
+    model: Any = getattr(transformers, their_name(family, head))(config).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3)
     return model
@@ -64,21 +71,28 @@ def make_inputs(family: str, head: type[HeadModel], masks: list[list[int]]) -> d
     return inputs
 
 
-def their_logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def their_logits(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
     output = model(**inputs)
+    if "seq_relationship_logits" in output:
+        return output.prediction_logits, output.seq_relationship_logits
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], -1)
     return output.logits
 
 
-def of_tokens(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Without padding, where logits are those of tokens."""
-    return logits[mask.bool()] if logits.shape[:2] == mask.shape and logits.dim() == 3 else logits
+def of_tokens(logits: Any, mask: torch.Tensor) -> list[torch.Tensor]:
+    """All logits, without padding where they are those of tokens."""
+    parts = logits if isinstance(logits, tuple) else (logits,)
+    return [part[mask.bool()] if part.shape[:2] == mask.shape else part for part in parts]
+
+
+def at_padding(logits: Any, mask: torch.Tensor) -> list[torch.Tensor]:
+    parts = logits if isinstance(logits, tuple) else (logits,)
+    return [part[~mask.bool()] for part in parts if part.shape[:2] == mask.shape]
 
 
 @pytest.mark.parametrize("masks", MASKS)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("name", "family"), CASES)
 @torch.no_grad()
 def test_logits_equal_transformers_both_ways(name: str, family: str, masks: str, tmp_path: Path) -> None:
     head = getattr(minilm_fast, name)
@@ -91,12 +105,11 @@ def test_logits_equal_transformers_both_ways(name: str, family: str, masks: str,
     assert not ours.newly_initialised
     found = ours(**inputs)
     torch.testing.assert_close(of_tokens(found, mask), expected, rtol=1e-5, atol=1e-5)
-    if found.dim() == 3:
-        assert not found[~mask.bool()].any()
+    assert not any(part.any() for part in at_padding(found, mask))
 
     ours.save_pretrained(tmp_path / "ours")
     saved = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert saved["architectures"] == [family + head.suffix]
+    assert saved["architectures"] == [their_name(family, head)]
     again, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     torch.testing.assert_close(of_tokens(their_logits(again.eval(), inputs), mask), expected, rtol=1e-5, atol=1e-5)
@@ -104,19 +117,19 @@ def test_logits_equal_transformers_both_ways(name: str, family: str, masks: str,
         assert again.config.num_labels == 3
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("name", "family"), [case for case in CASES if case[0] not in HEADS or case[1] == "Bert"])
 @torch.no_grad()
-def test_packed_input_gives_the_same(name: str, tmp_path: Path) -> None:
+def test_packed_input_gives_the_same(name: str, family: str, tmp_path: Path) -> None:
     head = getattr(minilm_fast, name)
-    make_theirs("Bert", head).save_pretrained(tmp_path)
+    make_theirs(family, head).save_pretrained(tmp_path)
     ours = head.from_pretrained(tmp_path).eval()
-    inputs = make_inputs("Bert", head, MASKS["right"])
+    inputs = make_inputs(family, head, MASKS["right"])
     ids, mask, types = (x.reshape(-1, LENGTH) for x in inputs.values())
     batch = TokenBatch.from_sequences([row[kept.bool()].numpy() for row, kept in zip(ids, mask, strict=True)])
     extra = {"choices": 2} if name == "MultipleChoice" else {}
     found = ours(batch, token_type_ids=types[mask.bool()].int(), **extra)
-    padded = ours(**inputs)
-    torch.testing.assert_close(found, padded[mask.bool()] if padded.dim() == 3 else padded, rtol=1e-5, atol=1e-6)
+    parts = list(found) if isinstance(found, tuple) else [found]
+    torch.testing.assert_close(parts, of_tokens(ours(**inputs), mask), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["TokenClassifier", "QuestionAnswerer"])
@@ -286,6 +299,77 @@ def test_a_part_of_the_encoder_is_missing(tmp_path: Path) -> None:
     state = {k: v for k, v in loaded.state.items() if not k.endswith("layer.0.output.dense.bias")}
     with pytest.raises(UserError, match=r"the checkpoint has no bert\.encoder\.layer\.0\.output\.dense\.bias of shape"):
         minilm_fast.TokenClassifier.from_state(loaded.config, state)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["PreTraining", "NextSentencePredictor", "ReplacedTokenDetector", "CausalLM"])
+def test_losses_equal_transformers(name: str, tied: bool, tmp_path: Path) -> None:
+    head = getattr(minilm_fast, name)
+    family = "Electra" if name == "ReplacedTokenDetector" else "Bert"
+    theirs = make_theirs(family, head, tie_word_embeddings=tied, hidden_act="gelu" if tied else "relu")
+    theirs.save_pretrained(tmp_path / "theirs")
+    head.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    ours = head.from_pretrained(tmp_path / "ours").eval()
+    inputs = make_inputs(family, head, MASKS["right"])
+    tokens = inputs["attention_mask"].bool()
+    batch = ours.read(*inputs.values(), None)
+    torch.manual_seed(2)
+    words = torch.where(tokens, torch.randint(0, 60, tokens.shape), -100)
+    kind = torch.tensor([0, 1, 1, 0])
+    if name == "PreTraining":
+        every = torch.arange(int(tokens.sum()))
+        loss, labels = (
+            ours.pretraining_loss(batch, every, words[tokens], kind),
+            {"labels": words, "next_sentence_label": kind},
+        )
+    elif name == "NextSentencePredictor":
+        loss, labels = ours.loss(ours(**inputs), kind), {"labels": kind}
+    elif name == "ReplacedTokenDetector":
+        replaced = words % 2
+        loss, labels = ours.loss(ours(**inputs), replaced, inputs["attention_mask"]), {"labels": replaced}
+    else:
+        loss, labels = (
+            ours.causal_loss(batch),
+            {"labels": torch.where(tokens, inputs["input_ids"], -100)},
+        )
+    expected = theirs(**inputs, **labels).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    found = ours.bert.embeddings.word_embeddings.weight.grad
+    other = theirs.get_input_embeddings().weight.grad
+    torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-6 * max(1.0, other.abs().max().item()))
+
+
+def test_heads_of_other_families(tmp_path: Path) -> None:
+    make_theirs("Roberta", minilm_fast.MaskedLM).save_pretrained(tmp_path / "roberta")
+    with pytest.raises(UserError, match="PreTraining is a head of bert, minilm, unilm, not of roberta"):
+        minilm_fast.PreTraining.from_pretrained(tmp_path / "roberta")
+    with pytest.raises(UserError, match="ReplacedTokenDetector is a head of electra, not of bert"):
+        make_small("ReplacedTokenDetector")
+    make_theirs("Bert", minilm_fast.CausalLM).save_pretrained(tmp_path / "causal")
+    with pytest.raises(UserError, match="is_decoder is set, and MaskedLM is bidirectional; load CausalLM"):
+        minilm_fast.MaskedLM.from_pretrained(tmp_path / "causal")
+    with pytest.raises(UserError, match="add_cross_attention is set"):
+        make_small("CausalLM", add_cross_attention=True)
+
+
+def test_every_head_of_transformers_has_one_here() -> None:
+    """Of the four families; cross-attention and generation aside."""
+    import importlib
+    import inspect
+
+    ours = {their_name(family, getattr(minilm_fast, name)) for name, family in CASES}
+    theirs = set()
+    for module in ("bert", "roberta", "xlm_roberta", "electra"):
+        found = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        theirs |= {
+            name
+            for name, kind in inspect.getmembers(found, inspect.isclass)
+            if kind.__module__ == found.__name__ and ("For" in name or name.endswith("LMHeadModel"))
+        }
+    theirs = {name for name in theirs if not name.endswith("Output")}
+    assert len(theirs) >= 25 and theirs == ours
 
 
 def test_summary_that_electra_does_not_have() -> None:

@@ -20,7 +20,7 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     names: dict[str, Any] = {}
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     for head, folder in ((minilm_fast.SequenceClassifier, "mrpc"), (minilm_fast.QuestionAnswerer, "squad1")):
         model = head.from_pretrained("examples/question-generation")
         model.save_pretrained(folder, model.tokenizer)
@@ -37,6 +37,7 @@ def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-4, atol=1e-5)
     printed = capsys.readouterr().out
     assert "['classifier.weight', 'classifier.bias']" in printed and "{0: 'O', 1: 'B-PER', 2: 'I-PER'}" in printed
+    assert names["pretrainer"].bert.embeddings.word_embeddings.weight.grad.any()
     assert sum(names["found"].scores.values()) == pytest.approx(1)
     assert names["answer"].text in "A man is eating food." and len(names["answers"]) == 2
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PREFIXES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "electra": "Electra"}
+BERT_TYPES = ("bert", "minilm", "unilm")
 _H = TypeVar("_H", bound="HeadModel")
 
 
@@ -48,11 +49,16 @@ class HeadModel(nn.Module):
     """What the name of the class in transformers ends with."""
     labelled: ClassVar[bool] = True
     """Whether ``num_labels`` is free to choose."""
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """The families whose checkpoints may have this head; empty: all."""
+    causal: ClassVar[bool] = False
+    """Whether a token sees itself and those before it only, ``is_decoder`` of transformers' configurations."""
     reads_first_token: ClassVar[bool] = False
     """Whether :meth:`head` takes the first token of each sequence only; the last layer is computed for it alone."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self._check(config)
         self.config = with_labels(config) if self.labelled else config
         self.newly_initialised: list[str] = []
         self._tokenizer: Tokenizer | Callable[[], Tokenizer] = _no_tokenizer
@@ -60,6 +66,13 @@ class HeadModel(nn.Module):
         self.bert = Encoder(config)
         self.build(self.config)
         initialise(self, config.initializer_range)
+
+    @classmethod
+    def _check(cls, config: Config) -> None:
+        if cls.model_types and config.model_type not in cls.model_types:
+            raise UserError(f"{cls.__name__} is a head of {', '.join(cls.model_types)}, not of {config.model_type}")
+        if config.extra.get("is_decoder") and not cls.causal:
+            raise UserError(f"configuration: is_decoder is set, and {cls.__name__} is bidirectional; load CausalLM")
 
     @abstractmethod
     def build(self, config: Config) -> None:
@@ -236,8 +249,8 @@ class HeadModel(nn.Module):
         position_ids: Tensor | None = None,
         *,
         encode: Callable[[HeadInput], Tensor] | None = None,
-    ) -> Tensor:
-        """Logits.
+    ) -> Any:
+        """Logits: a tensor, of :class:`PreTraining` two.
 
         Args:
             input_ids: a packed batch, or ids ``[batch, length]``.
@@ -273,7 +286,7 @@ class HeadModel(nn.Module):
         return self.bert(tokens.input_ids, tokens.position_ids, tokens.layout, batch.token_type_ids)
 
     @abstractmethod
-    def head(self, hidden: Tensor, batch: HeadInput) -> Tensor:
+    def head(self, hidden: Tensor, batch: HeadInput) -> Any:
         """Logits from the encoder's output ``[layout.total_queries, hidden]``."""
 
 
