@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from minilm_fast.training.distributed import World
     from minilm_fast.training.loop import Trainer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("minilm_fast.distill")  # the name is __main__ under python -m
 
 TRAIN = "train"
 

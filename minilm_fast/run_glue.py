@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from minilm_fast.training.distributed import World
     from minilm_fast.training.loop import Trainer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("minilm_fast.run_glue")  # the name is __main__ under python -m
 
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst-2", "sts-b", "wnli")
 
@@ -89,7 +89,7 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
     """
     import torch
 
-    from minilm_fast.data.classification import ClassificationFeatures, make_classification_features
+    from minilm_fast.data.classification import make_classification_features
     from minilm_fast.data.feature_cache import digest_of
     from minilm_fast.data.glue import glue_task, read_glue
     from minilm_fast.training import understanding
@@ -106,7 +106,7 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
         logger.info("%d examples in %s", len(examples), path)
         return make_classification_features(examples, tokenizer, args.max_seq_length)
 
-    train, known = ClassificationFeatures([], [], []), {}
+    train, known = make_classification_features([], tokenizer, args.max_seq_length), {}
     if args.do_train:
         path = _train_file(args, task)
         train, known = features(path), {"train_file": digest_of(path)}

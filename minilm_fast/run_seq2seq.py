@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from minilm_fast.training.loop import Trainer
     from minilm_fast.training.seq2seq import Seq2SeqOptions
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("minilm_fast.run_seq2seq")  # the name is __main__ under python -m
 
 # What minilm_fast.metrics can score.
 TASKS = ("xsum", "cnndm", "gigaword", "qg")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minilm_fast.training.loop import Trainer
     from minilm_fast.training.question_answering import QuestionAnsweringOptions, QuestionSet
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("minilm_fast.run_squad")  # the name is __main__ under python -m
 
 TABLE = "qa_table.txt"
 _COMPRESSED = ("", ".gz", ".xz")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minilm_fast.training.distributed import World
     from minilm_fast.training.loop import Trainer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("minilm_fast.run_xnli")  # the name is __main__ under python -m
 
 TABLE = "xnli_table.txt"
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,14 @@ def test_help_loads_nothing_heavy(module):
     loaded = {line.rsplit("|", 1)[1].strip() for line in found.stderr.splitlines() if "|" in line}
     assert "argparse" in loaded
     assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_commands_log_under_the_packages_name():
+    """Under ``python -m`` the name of the module is ``__main__``, whose messages the handler would not get."""
+    package = Path(cli.__file__).parent
+    texts = [path.read_text(encoding="utf8") for path in package.rglob("*.py")]
+    commands = [text for text in texts if "__main__" in text and "getLogger(" in text]
+    assert len(commands) >= 5 and not any("getLogger(__name__)" in text for text in commands)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -203,6 +203,7 @@ def test_two_processes(trained: Path, tmp_path: Path) -> None:
         [*launcher, "-m", "minilm_fast.run_glue", *two], capture_output=True, text=True, check=False, timeout=200
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("120 examples in") == done.stderr.count("4 steps of 16 sequences: 0.53 epochs") == 1
     accumulated = {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 2}
     assert main(arguments(trained, task_name="rte", **common, **accumulated)) == 0
     one, other = (results(tmp_path / name)["measures"] for name in ("one", "two"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,17 +109,20 @@ class ClassificationFeature:
 class ClassificationFeatures(Sequence[ClassificationFeature]):
     """Many features in few arrays.
 
+    Args:
+        ids: int32, the token ids of all features one after the other.
+        lengths: tokens of each feature.
+        first, labels: of each feature, see :class:`ClassificationFeature`.
+
     Attributes:
         lengths: int64 ``[features]``, tokens of each.
         labels: fp64 ``[features]``.
     """
 
-    def __init__(
-        self, ids: Sequence[Sequence[int] | np.ndarray], first: Sequence[int], labels: Sequence[float]
-    ) -> None:
-        self.lengths = np.array([len(one) for one in ids], dtype=np.int64)
+    def __init__(self, ids: np.ndarray, lengths: Sequence[int], first: Sequence[int], labels: Sequence[float]) -> None:
+        self.lengths = np.array(lengths, dtype=np.int64)
         self._ends = np.cumsum(self.lengths)
-        self._ids = np.concatenate([np.asarray(one, dtype=np.int32) for one in ids]) if len(ids) else np.zeros(0, int)
+        self._ids = ids
         self._first = np.asarray(first, dtype=np.int32)
         self.labels = np.asarray(labels, dtype=np.float64)
 
@@ -142,7 +146,8 @@ def make_classification_features(
     """
     roberta = tokenizer.model_type in ROBERTA_TYPES
     between = [tokenizer.sep_id] * (2 if roberta else 1)
-    ids, first = [], []
+    # One growing array: an array for each example would take as much memory as the texts.
+    ids, lengths, first = array("i"), [], []
     for example in examples:
         parts = [tokenizer.encode(text) for text in example.texts]
         _cut(parts, max_seq_length - 2 - (len(between) if len(parts) == 2 else 0))
@@ -152,9 +157,11 @@ def make_classification_features(
         start = len(one)
         one += [*(parts[1] if len(parts) == 2 else []), tokenizer.sep_id]
         second = len(parts) == 2 and token_types and not roberta
-        ids.append(np.array(one, dtype=np.int32))
+        ids.extend(one)
+        lengths.append(len(one))
         first.append(start if second else len(one))
-    return ClassificationFeatures(ids, first, [example.label for example in examples])
+    labels = [example.label for example in examples]
+    return ClassificationFeatures(np.frombuffer(ids, dtype=np.int32), lengths, first, labels)
 
 
 def _cut(parts: list[list[int]], room: int) -> None:

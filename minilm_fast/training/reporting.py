@@ -115,8 +115,10 @@ class Meter:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return "under 1 min"
     minutes = round(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{max(1, minutes)} min"
+    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes} min"
 
 
 class Reporter:

@@ -127,9 +127,11 @@ def make_trainer(
     if measures and chosen not in measures:
         raise UserError(f"--metric_for_best_model {chosen}: not one of {', '.join(sorted(measures))}")
     steps = args.num_training_steps
+    batch = args.per_gpu_train_batch_size * args.gradient_accumulation_steps * world.size
     if steps <= 0:
-        batch = args.per_gpu_train_batch_size * args.gradient_accumulation_steps * world.size
         steps = max(1, steps_of_epochs(examples, args.num_training_epochs, batch))
+    if args.do_train:
+        logger.info("%d steps of %d sequences: %.2f epochs", steps, batch, steps * batch / max(1, examples))
     options = loop_options(
         args,
         total_steps=steps,
