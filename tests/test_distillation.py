@@ -15,6 +15,7 @@ from minilm_fast import checkpoint
 from minilm_fast.config import Config
 from minilm_fast.data.token_batch import TokenBatch
 from minilm_fast.distillation import Distiller, FrozenEncoder, Relation, parse_relations
+from minilm_fast.distillation.sides import SideInputs
 from minilm_fast.errors import UserError
 from minilm_fast.modeling.encoder import Encoder
 from minilm_fast.ops import SequenceLayout
@@ -145,6 +146,13 @@ def test_bf16_teacher_is_near() -> None:
     exact = Distiller(frozen(GOLDENS / "teacher"), student)(packed_batch()).loss.item()
     near = Distiller(frozen(GOLDENS / "teacher", dtype="bf16"), student)(packed_batch()).loss.item()
     assert near != exact and near == pytest.approx(exact, rel=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_vectors_are_of_the_dtype_of_the_teacher(dtype: str) -> None:
+    """Under autocast both sides are bf16: only then does the loss run on matrix tiles."""
+    vectors = frozen(GOLDENS / "teacher", dtype=dtype).vectors(SideInputs(packed_batch()), 3, ["q", "v"])
+    assert {x.dtype for x in vectors.values()} == {torch.bfloat16 if dtype == "bf16" else torch.float32}
 
 
 def _small(family: str) -> Any:

@@ -228,11 +228,12 @@ def test_a_dtype_for_each_side(isa: str, dtypes: tuple[torch.dtype, torch.dtype]
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", ["distinct", "symmetric"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 2.5])
-def test_scales_of_any_sign(isa: str, kind: str, scale: float) -> None:
+def test_scales_of_any_sign(isa: str, kind: str, dtype: torch.dtype, scale: float) -> None:
     layout = SequenceLayout.bidirectional([40, 7])
     with instruction_set(isa):
-        inputs = _inputs(layout.total, MANY, (16, 8), (torch.float32, torch.float32), kind)
+        inputs = _inputs(layout.total, MANY, (16, 8), (dtype, dtype), kind)
         _check(inputs, layout, teacher_scale=scale)
         _check(inputs, layout, student_scale=scale)
 
@@ -255,6 +256,30 @@ def test_reductions(reduction: str) -> None:
         "batch_mean": (sums[0] / 5 + sums[1] / 20 + sums[2]) / (FEW * 3),
     }
     torch.testing.assert_close(ops.relation_kl(*inputs, layout, reduction=reduction), expected[reduction])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["distinct", "symmetric"])
+@pytest.mark.parametrize("factor", [0.1, 1.0, 4.0, 9.0])
+def test_what_the_backward_pass_is_given(isa: str, dtype: torch.dtype, kind: str, factor: float) -> None:
+    """The log-sum-exp of every row, whatever the size of the scores: a factor of 9 makes some of them 400."""
+    lengths = [16, 33, 64, 97]
+    layout, inputs = (
+        SequenceLayout.bidirectional(lengths),
+        [x * factor for x in _inputs(sum(lengths), MANY, (17, 6), (dtype, dtype), "distinct")],
+    )
+    pairs = [inputs[:2], inputs[2:]] if kind == "distinct" else [[inputs[0], None], [inputs[2], None]]
+    with instruction_set(isa):
+        found = torch.ops.minilm_fast.relation_kl(
+            *pairs[0], *pairs[1], layout.cu_seqlens, layout.segments, layout.max_seqlen, 0.3, 0.4, "sum"
+        )
+    for (a, b), scale, lse in zip(pairs, (0.3, 0.4), found[1:], strict=True):
+        rows = [x.double().split(lengths) for x in (a, a if b is None else b)]
+        exact = torch.cat(
+            [torch.einsum("ihd,jhd->hij", x, y).mul(scale).logsumexp(-1) for x, y in zip(*rows, strict=True)], 1
+        )
+        torch.testing.assert_close(lse, exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,5 +1,8 @@
+#include <type_traits>
+
 #include "amx_tile.h"
 #include "relation_kl_kernel.h"
+#include "relation_square.h"
 
 namespace minilm_fast {
 namespace {
@@ -51,11 +54,20 @@ struct Buffers {
   alignas(64) uint32_t rights[kRelationBlock * kTileSide];
 };
 
+// Of triangles: scores of two squares, of which one is worked on while the other is made, and what becomes of them.
+struct TriangleBuffers {
+  alignas(64) float scores[2][2 * kSquare];  // of the teacher and of the student
+  SquareSums sums;
+  SquareGradients gradients[2];
+};
+
 class AmxRelationHead : RelationRows {
  public:
-  AmxRelationHead(const RelationProblem& problem, const RelationTask& task, float* scratch, Buffers& buffers)
+  AmxRelationHead(const RelationProblem& problem, const RelationTask& task, float* scratch, Buffers& buffers,
+                  TriangleBuffers& squares)
       : RelationRows(problem, task),
         b_(buffers),
+        s_(squares),
         padded_(round_up(length_, kAmxColumns)),
         stride_((padded_ / kTileSide | 1) * kTileSide),
         width_(round_up(problem.student.size, kTileSide)),
@@ -64,8 +76,7 @@ class AmxRelationHead : RelationRows {
         student_(set_up(problem.student)) {}
 
   void forward() {
-    float* differences = zeros(stride_);
-    if (is_triangle(differences)) return forward_triangle(differences);
+    if (is_triangle()) return forward_triangle();
     for_tiles([&](int64_t row, int rows) { forward_tile(row, rows); });
   }
 
@@ -77,7 +88,7 @@ class AmxRelationHead : RelationRows {
     turned_ = words(kTileSide * width_);
     column_sums_ = zeros(width_ * stride_);
     row_sums_ = zeros((t_.row_end - t_.row_begin + kAmxRows) * width_);
-    if (is_triangle(zeros(stride_)))
+    if (is_triangle())
       backward_triangle();
     else
       for_tiles([&](int64_t row, int rows) { backward_tile(row, rows); });
@@ -291,68 +302,199 @@ class AmxRelationHead : RelationRows {
     }
   }
 
-  // Whether the task is a triangle and no score can be so large that a maximum must be subtracted. If so, writes the
-  // difference of both sides' scores of each row with itself.
-  bool is_triangle(float* differences) {
+  // Whether the task is a triangle and no score can be so large that a maximum must be subtracted.
+  bool is_triangle() const {
     if (!t_.triangle) return false;
-    float* squares = zeros(stride_);
-    if (!(own_scores(teacher_, differences) <= kBounded && own_scores(student_, squares) <= kBounded)) return false;
-    for (int64_t j = 0; j < length_; j += kLanes) store(differences + j, load(differences + j) - load(squares + j));
+    // Norms bound all scores of a symmetric relation. One that is no number is not bounded.
+    const Vec most = splat(kBounded);
+    for (int64_t j = 0; j < padded_; j += kTileSide)
+      if (_mm512_cmp_ps_mask(squared_norms(teacher_, j), most, _CMP_NLE_UQ) |
+          _mm512_cmp_ps_mask(squared_norms(student_, j), most, _CMP_NLE_UQ))
+        return false;
     return true;
   }
 
-  // Of a symmetric relation; returns the largest, which bounds all scores.
-  float own_scores(const PackedSide& side, float* to) const {
-    float most = 0.0f;
-    for (int64_t j = 0; j < length_; ++j) {
-      const Bf16* row = b_row(side.side, j);
-      Vec squares = {};
-      for (int64_t d = 0; d < side.side.size; d += kLanes) {
-        const Vec x = load_first(row + d, side.side.size - d);
-        squares += x * x;
-      }
-      const float score = sum(squares) * side.factor;
-      to[j] = score * side.sign;
-      // Not a number is not bounded.
-      if (!(score <= most)) most = score;
+  // Of the columns from j on, times the factor.
+  static Vec squared_norms(const PackedSide& side, int64_t j) {
+    const uint32_t* words = side.columns + j * side.depth * kTileSide;
+    Vec sum = {};
+    for (int64_t d = 0; d < side.side.size; d += 2, words += kTileSide) {
+      const BitVec pair = load_bits(words);
+      const Vec low = reinterpret_cast<Vec>(pair << 16), high = reinterpret_cast<Vec>(pair & 0xffff0000u);
+      sum += low * low + high * high;
     }
-    return most;
+    return sum * side.factor;
   }
 
-  void forward_triangle(const float* differences) {
-    const BoundedSums sums = {zeros(stride_), zeros(stride_), zeros(stride_), differences};
+  // One of eight products, in tile 4 or 5: scores of 16 rows with 16 of the 32 columns from `first` on, of one side.
+  void multiply_scores(int i, int64_t first) const {
+    const PackedSide& side = i < kChunks / 2 ? teacher_ : student_;
+    const uint32_t* rows = side.rows + i / 2 % 2 * side.depth * kTileWords;
+    const uint32_t* columns = side.columns + (first + i % 2 * kTileSide) * side.depth * kTileSide;
+    const bool even = i % 2 == 0;
+    if (even)
+      _tile_zero(4);
+    else
+      _tile_zero(5);
+    for (int64_t k = 0; k < side.depth; ++k) {
+      _tile_loadd(0, rows + k * kTileWords, kTileLine);
+      _tile_loadd(2, columns + k * kTileWords, kTileLine);
+      if (even)
+        _tile_dpbf16ps(4, 0, 2);
+      else
+        _tile_dpbf16ps(5, 0, 2);
+    }
+  }
+
+  static void store_scores(int i, float* scores) {
+    constexpr int kHalf = kChunks / 2;
+    float* to = scores + i / kHalf * kSquare + i / 2 % 2 * kSquare / 2 + i % 2 * kTileSide;
+    if (i % 2 == 0)
+      _tile_stored(4, to, kSquareSide * sizeof(float));
+    else
+      _tile_stored(5, to, kSquareSide * sizeof(float));
+  }
+
+  // Step i of kChunks + 1 that make the scores of a square: a product is stored only in the step after its own, when it
+  // has long been there.
+  void score_step(int i, int64_t first, float* scores) const {
+    if (i > 0) store_scores(i - 1, scores);
+    if (i < kChunks) multiply_scores(i, first);
+  }
+
+  // Calls f(n, first, scores, between) for the squares of 32 rows from the diagonal on, in order.
+  template <class F>
+  void for_squares(int64_t row, F f) {
+    memory_fence();
+    for (int i = 0; i <= kChunks; ++i) score_step(i, row, s_.scores[0]);
+    memory_fence();
+    int n = 0;
+    for (int64_t first = row; first < length_; first += kSquareSide, ++n) {
+      const int64_t next = first + kSquareSide;
+      float* to = s_.scores[1 - n % 2];
+      f(n, first, s_.scores[n % 2], [&](int chunk) {
+        if (next < length_) score_step(chunk, next, to);
+      });
+      if (next < length_) score_step(kChunks, next, to);
+      memory_fence();
+    }
+  }
+
+  // Calls f(mirrored, whole) with constants.
+  template <class F>
+  static void with_kind(bool mirrored, bool whole, F f) {
+    using Yes = std::true_type;
+    using No = std::false_type;
+    if (mirrored)
+      whole ? f(Yes(), Yes()) : f(Yes(), No());
+    else
+      whole ? f(No(), Yes()) : f(No(), No());
+  }
+
+  void forward_triangle() {
+    const ColumnSums sums = {zeros(stride_), zeros(stride_), zeros(stride_)};
     for_tiles([&](int64_t row, int rows) {
-      for_blocks(row, length_, [&](int64_t first, int64_t count) {
-        for_groups(rows, [&](auto group, int r) {
-          see_both<decltype(group)::value>(b_.scores_t + r * kRelationStride, b_.scores_s + r * kRelationStride, count,
-                                           row + rows - first, teacher_.factor, student_.factor, sums.from(row + r),
-                                           sums.from(first));
+      s_.sums = {};
+      for_squares(row, [&](int n, int64_t first, const float* scores, auto between) {
+        const SquareColumns columns(length_ - first);
+        with_kind(n > 0, columns.whole, [&](auto mirrored, auto whole) {
+          see_square<mirrored, whole>(scores, scores + kSquare, teacher_.factor, student_.factor, columns, s_.sums,
+                                      sums.from(first), between);
         });
       });
-      for (int64_t i = row; i < row + rows; ++i)
-        write_statistics(i, {0.0f, 0.0f, sums.total_t[i], sums.total_s[i], sums.dot[i]}, differences[i]);
+      add_rows(s_.sums.total_t, sums.total_t + row);
+      add_rows(s_.sums.total_s, sums.total_s + row);
+      add_rows(s_.sums.dot, sums.dot + row);
+      for (int half = 0; half < rows; half += kTileSide)
+        write_bounded_statistics(row + half, rows - half, sums.from(row + half));
     });
+  }
+
+  // What write_statistics writes, of up to 16 rows.
+  void write_bounded_statistics(int64_t row, int count, const ColumnSums& sums) const {
+    const int64_t i = t_.head * p_.tokens + t_.first + row;
+    const Vec total_t = load(sums.total_t), total_s = load(sums.total_s), mean = load(sums.dot) / total_t;
+    for (int half = 0; half < 2; ++half) {
+      const int first = half * kLanes / 2, left = count - first;
+      const auto mask = static_cast<__mmask8>(left >= kLanes / 2 ? 0xff : left <= 0 ? 0 : (1 << left) - 1);
+      const __m512d log_t = logarithm(widen(total_t, half)), log_s = logarithm(widen(total_s, half));
+      _mm512_mask_storeu_pd(p_.teacher.lse + i + first, mask, log_t);
+      _mm512_mask_storeu_pd(p_.student.lse + i + first, mask, log_s);
+      const __m512d divergence = widen(mean, half) * kLn2 - log_t + log_s;
+      _mm256_mask_storeu_ps(p_.divergence + i + first, mask, _mm512_cvtpd_ps(divergence));
+    }
+  }
+
+  static void add_rows(const Vec (&partial)[kSquareSide], float* to) {
+    for (int half = 0; half < 2; ++half, to += kTileSide)
+      store(to, load(to) + combine_rows(partial + half * kTileSide, [](Vec a, Vec b) { return a + b; }));
   }
 
   void backward_triangle() {
     float *reciprocals_t = zeros(stride_), *reciprocals_s = zeros(stride_);
-    write_reciprocals(p_.teacher, reciprocals_t);
-    write_reciprocals(p_.student, reciprocals_s);
+    write_bounded_reciprocals(p_.teacher, reciprocals_t);
+    write_bounded_reciprocals(p_.student, reciprocals_s);
+    auto reciprocals = [&](int64_t i) { return Reciprocals{reciprocals_t + i, reciprocals_s + i}; };
     for_tiles([&](int64_t row, int rows) {
       turn_rows(row, rows);
-      for_blocks(row, length_, [&](int64_t first, int64_t count) {
-        for_groups(rows, [&](auto group, int r) {
-          take_both_gradients<decltype(group)::value>(
-              b_.scores_t + r * kRelationStride, b_.scores_s + r * kRelationStride, count, row + rows - first,
-              teacher_.factor, student_.factor, {reciprocals_t + row + r, reciprocals_s + row + r},
-              {reciprocals_t + first, reciprocals_s + first});
+      int64_t last = row;
+      for_squares(row, [&](int n, int64_t first, const float* scores, auto between) {
+        const SquareColumns columns(length_ - first);
+        with_kind(n > 0, columns.whole, [&](auto mirrored, auto whole) {
+          take_square<mirrored, whole>(scores, scores + kSquare, teacher_.factor, student_.factor, columns,
+                                       reciprocals(row), reciprocals(first), s_.gradients[n % 2], [&](int chunk) {
+                                         between(chunk);
+                                         if (n > 0 && chunk == kChunks / 2)
+                                           multiply_square(s_.gradients[1 - n % 2], row, last);
+                                       });
         });
-        add_products(first, count, row_sums_ + row * width_);
+        last = first;
       });
+      multiply_square(s_.gradients[(last - row) / kSquareSide % 2], row, last);
     });
   }
 
+  void write_bounded_reciprocals(const RelationSide& side, float* to) const {
+    const double* lse = side.lse + t_.head * p_.tokens + t_.first;
+    int64_t j = 0;
+    for (; j + kLanes <= length_; j += kLanes) store(to + j, negative_exponential(lse + j));
+    if (j == length_) return;
+    double last[kLanes] = {};
+    std::memcpy(last, lse + j, sizeof(double) * (length_ - j));
+    store(to + j, first_lanes(length_ - j, negative_exponential(last), Vec{}));
+  }
+
+  // Adds the products of the gradients of 32 rows and the 32 columns from `first` on to the sums of both.
+  void multiply_square(const SquareGradients& gradients, int64_t row, int64_t first) {
+    const int64_t row_bytes = width_ * sizeof(float), column_bytes = stride_ * sizeof(float);
+    memory_fence();
+    for (int64_t d = 0; d < width_; d += kTileSide) {
+      float* rows = row_sums_ + row * width_ + d;
+      _tile_loadd(6, rows, row_bytes);
+      _tile_loadd(7, rows + kTileSide * width_, row_bytes);
+      _tile_loadd(3, values_ + first / 2 * width_ + d * kTileSide, kTileLine);
+      _tile_loadd(1, gradients.lefts, kTileLine);
+      _tile_dpbf16ps(6, 1, 3);
+      _tile_loadd(1, gradients.lefts + kTileWords, kTileLine);
+      _tile_dpbf16ps(7, 1, 3);
+      _tile_stored(6, rows, row_bytes);
+      _tile_stored(7, rows + kTileSide * width_, row_bytes);
+      float* columns = column_sums_ + d * stride_ + first;
+      _tile_loadd(6, columns, column_bytes);
+      _tile_loadd(7, columns + kTileSide, column_bytes);
+      _tile_loadd(1, turned_ + d * kTileSide, kTileLine);
+      _tile_loadd(3, gradients.rights, kTileLine);
+      _tile_dpbf16ps(6, 1, 3);
+      _tile_loadd(3, gradients.rights + kTileWords, kTileLine);
+      _tile_dpbf16ps(7, 1, 3);
+      _tile_stored(6, columns, column_bytes);
+      _tile_stored(7, columns + kTileSide, column_bytes);
+    }
+    memory_fence();
+  }
+
   Buffers& b_;
+  TriangleBuffers& s_;
   int64_t padded_, stride_, width_;
   float* memory_;
   PackedSide teacher_, student_;
@@ -362,14 +504,16 @@ class AmxRelationHead : RelationRows {
 
 void forward(const RelationProblem& problem, const RelationTask& task, float* scratch) {
   Buffers buffers;
+  TriangleBuffers squares;
   TileRegisters registers;
-  AmxRelationHead(problem, task, scratch, buffers).forward();
+  AmxRelationHead(problem, task, scratch, buffers, squares).forward();
 }
 
 void backward(const RelationProblem& problem, const RelationTask& task, float* scratch) {
   Buffers buffers;
+  TriangleBuffers squares;
   TileRegisters registers;
-  AmxRelationHead(problem, task, scratch, buffers).backward();
+  AmxRelationHead(problem, task, scratch, buffers, squares).backward();
 }
 
 }  // namespace

@@ -19,16 +19,27 @@ constexpr int64_t kAmxScoreStride = kAmxKeyBlock + kTileSide;
 // The intrinsics do not tell the compiler which memory they use.
 inline void memory_fence() { __asm__ volatile("" ::: "memory"); }
 
-inline BitVec load_words(const Bf16* p) {
-  HalfVec half;
-  std::memcpy(&half, p, sizeof(half));
-  return __builtin_convertvector(half, BitVec);
+// Lane i of the result combines the lanes of vector i of 16.
+template <class Combine>
+inline Vec combine_rows(const Vec* rows, Combine combine) {
+  Vec v[kTileSide];
+  std::memcpy(v, rows, sizeof(v));
+  transpose(v);
+  for (int half = kTileSide / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = combine(v[i], v[i + half]);
+  return v[0];
 }
 
-inline BitVec load_words_partial(const Bf16* p, int64_t count) {
-  Bf16 lanes[kLanes] = {};
-  for (int64_t i = 0; i < count && i < kLanes; ++i) lanes[i] = p[i];
-  return load_words(lanes);
+// Of the numbers from p on the first 16, or `count` if there are fewer, each in the lower half of a word.
+inline BitVec load_words(const Bf16* p, int64_t count = kLanes) {
+  const auto mask = static_cast<__mmask16>(count >= kLanes ? 0xffff : (1 << count) - 1);
+  return reinterpret_cast<BitVec>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)));
+}
+
+inline BitVec load_bits(const uint32_t* p) {
+  BitVec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
 }
 
 inline void store_words(uint32_t* p, BitVec v) { std::memcpy(p, &v, sizeof(v)); }
@@ -38,12 +49,12 @@ inline void store_words(uint32_t* p, BitVec v) { std::memcpy(p, &v, sizeof(v)); 
 template <class Rows>
 inline void pack_rows(Rows rows, int64_t count, int64_t size, uint32_t* tiles) {
   for (int64_t d = 0; d < size; d += kTileDepth, tiles += kTileWords) {
-    const int64_t bytes = 2 * (size - d < kTileDepth ? size - d : kTileDepth);
-    std::memset(tiles, 0, kTileWords * sizeof(uint32_t));
+    const auto mask = static_cast<__mmask32>(size - d < kTileDepth ? (1u << (size - d)) - 1u : ~0u);
     for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(tiles + i * kTileSide, rows(i) + d, bytes);
+      _mm512_storeu_si512(tiles + i * kTileSide, _mm512_maskz_loadu_epi16(mask, rows(i) + d));
       __builtin_prefetch(rows(i + kTileSide) + d);
     }
+    std::memset(tiles + count * kTileSide, 0, (kTileSide - count) * kTileLine);
   }
 }
 
@@ -71,7 +82,7 @@ inline void pack_values(Rows rows, int64_t count, int64_t size, uint32_t* tiles)
       auto words = [&](int64_t row) {
         if (row >= count) return BitVec{};
         __builtin_prefetch(rows(row + kTileDepth) + d);  // rows lie far apart; one that does not exist is no error
-        return size - d >= kLanes ? load_words(rows(row) + d) : load_words_partial(rows(row) + d, size - d);
+        return load_words(rows(row) + d, size - d);
       };
       store_words(tiles + i * kTileSide, words(i) | (words(i + kTileSide) << 16));
     }
@@ -80,7 +91,10 @@ inline void pack_values(Rows rows, int64_t count, int64_t size, uint32_t* tiles)
 // Probabilities of keys i and i + 16 of 32 in one word: rounded to bf16, halves away from zero.
 inline BitVec to_words(Vec low, Vec high) {
   const BitVec a = reinterpret_cast<BitVec>(low) + 0x8000u, b = reinterpret_cast<BitVec>(high) + 0x8000u;
-  return (a >> 16) | (b & 0xffff0000u);
+  constexpr int kFirstOrBothOthers = 0xf8;
+  return reinterpret_cast<BitVec>(_mm512_ternarylogic_epi32(reinterpret_cast<__m512i>(a >> 16),
+                                                            reinterpret_cast<__m512i>(b), _mm512_set1_epi32(-0x10000),
+                                                            kFirstOrBothOthers));
 }
 
 // Scores of one row to probabilities, as words in the place of the first half of the scores; otherwise as

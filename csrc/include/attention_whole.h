@@ -24,17 +24,6 @@ inline Vec exp2_to_bf16(Vec x) {
   return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
 }
 
-// Lane i of the result combines the lanes of vector i.
-template <class Combine>
-inline Vec combine_rows(const Vec (&rows)[kTileSide], Combine combine) {
-  Vec v[kTileSide];
-  std::memcpy(v, rows, sizeof(v));
-  transpose(v);
-  for (int half = kTileSide / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = combine(v[i], v[i + half]);
-  return v[0];
-}
-
 struct WholeBuffers {
   alignas(64) float scores[2 * kTileSide * kAmxScoreStride];  // then the probabilities
   alignas(64) float sums[4 * kTileWords];

@@ -10,13 +10,14 @@ from torch import Tensor
 from minilm_fast.config import Config
 from minilm_fast.distillation.sides import MODULES, SideInputs
 from minilm_fast.errors import UserError
-from minilm_fast.modeling.packed_encoder import PackedEncoder, WeightReader
+from minilm_fast.modeling.packed_encoder import PackedEncoder, WeightReader, attention_dtype
 
 
 class FrozenEncoder:
     """The encoder of a checkpoint up to one layer, with packed weights.
 
-    Activations between the operators are fp32; with ``dtype="bf16"`` the products and the attention are bf16.
+    Activations between the operators are fp32; with ``dtype="bf16"`` the products, the attention and the vectors are
+    bf16, as those of a student under autocast.
 
     Args:
         config, state: of the checkpoint; canonical names, fp32.
@@ -52,7 +53,7 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def vectors(self, inputs: SideInputs, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """See :class:`minilm_fast.distillation.sides.Side`; fp32.
+        """See :class:`minilm_fast.distillation.sides.Side`; in the dtype of the teacher.
 
         Raises:
             UserError: ``layer`` is another than the one that was packed.
@@ -62,4 +63,5 @@ class FrozenEncoder:
         batch = inputs.packed()
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             x = self._encoder.hidden_states(batch.input_ids, batch.position_ids, batch.layout)
+            x = x.to(attention_dtype(self.dtype))
             return {name: self._vectors[name](x) for name in names}
