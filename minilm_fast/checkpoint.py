@@ -188,10 +188,10 @@ def _adapt_roberta(weights: Path, config: Config, found: CanonicalState, fold_to
         return
     positions = found.tensors.get(layouts.POSITION_EMBEDDINGS)
     types = found.tensors.get(layouts.TOKEN_TYPE_EMBEDDINGS)
-    if positions is None or positions.shape[0] <= config.position_offset:
+    if positions is None or positions.dim() != 2 or positions.shape[0] <= config.position_offset:
         return
     usable = positions[config.position_offset :]
-    if types is not None and types.shape[0] >= 1 and bool(types[0].any()):
+    if types is not None and types.dim() == 2 and types.shape[0] >= 1 and bool(types[0].any()):
         if fold_token_types:
             usable = usable.float() + types[0].float()
         else:
@@ -264,8 +264,19 @@ def _to_fp32(weights: Path, name: str, found: CanonicalState, own_memory: bool) 
     if not tensor.is_floating_point():
         raise UserError(f"{weights}: {found.describe(name)} is of type {tensor.dtype}, expected floating point")
     converted = tensor.detach().to(torch.float32)
+    check_finite(f"{weights}: {found.describe(name)}", converted)
     is_view = converted.untyped_storage().nbytes() > converted.numel() * 4 and not converted.is_contiguous()
     return converted.clone(memory_format=torch.contiguous_format) if own_memory or is_view else converted
+
+
+def check_finite(what: str, tensor: Tensor) -> None:
+    """Make sure that a weight can be computed with.
+
+    Raises:
+        UserError: it holds NaN or infinity; the message begins with ``what``.
+    """
+    if tensor.numel() and not all(bool(value.isfinite()) for value in torch.aminmax(tensor)):
+        raise UserError(f"{what} holds NaN or infinity: the file is damaged, or its training had diverged")
 
 
 def _tie(config: Config, state: dict[str, Tensor], missing: list[str]) -> Config:

@@ -270,6 +270,36 @@ def test_missing_tensor_and_file_names_are_reported(tmp_path):
         checkpoint.load(tmp_path / "b.safetensors", config=GOLDENS / "tiny")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite(tmp_path, value, dtype):
+    raw = {name: tensor.to(dtype) for name, tensor in load_file(GOLDENS / "tiny" / "model.safetensors").items()}
+    raw["bert.encoder.layer.1.output.dense.weight"][3, 5] = value
+    save_file(raw, tmp_path / "w.safetensors")
+    with pytest.raises(UserError) as error:
+        checkpoint.load(tmp_path / "w.safetensors", config=GOLDENS / "tiny")
+    assert f"{tmp_path / 'w.safetensors'}: bert.encoder.layer.1.output.dense.weight holds NaN" in str(error.value)
+
+
+@pytest.mark.filterwarnings(DROPPED_ROW)
+def test_tensors_of_any_shape(tmp_path):
+    """Whatever shape a tensor of RoBERTa's has, whose tables are cut and folded before shapes are compared."""
+    case = layout("roberta")
+    raw = load_file(GOLDENS / case["file"])
+    for name in raw:
+        for shape in ((), (0,), (1,), (2, 3, 4)):
+            save_file({**raw, name: torch.zeros(shape)}, tmp_path / "w.safetensors")
+            for fold in (False, True):
+                try:
+                    loaded = checkpoint.load(
+                        tmp_path / "w.safetensors", config=golden_config(case), fold_token_types=fold
+                    )
+                except UserError as error:
+                    assert str(tmp_path / "w.safetensors") in str(error)
+                else:
+                    assert name in (*loaded.unexpected, "lm_head.decoder.bias")
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path

@@ -290,8 +290,19 @@ def test_wrong_labels(tmp_path: Path) -> None:
         ({"1": "a", "2": "b"}, "must number its labels from 0"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**raw, "id2label": labels}))
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as error:
             head.from_pretrained(tmp_path)
+        assert str(tmp_path) in str(error.value)
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "id2label": None, "num_labels": 10**12}))
+    with pytest.raises(UserError, match="num_labels must be a number from 1 to"):
+        head.from_pretrained(tmp_path)
+
+
+def test_a_head_that_is_not_finite() -> None:
+    state = make_small("TokenClassifier").state_dict()
+    state["classifier.bias"][1] = float("nan")
+    with pytest.raises(UserError, match=r"classifier\.bias holds NaN"):
+        minilm_fast.TokenClassifier.from_state(make_small("TokenClassifier").config, state)
 
 
 def test_a_part_of_the_encoder_is_missing(tmp_path: Path) -> None:

@@ -121,9 +121,12 @@ class HeadModel(nn.Module):
             found.weights, config=found.config, model_type=model_type, for_training=True, fold_token_types=True
         )
         state = {**loaded.state, **loaded.extra_state}
-        model = cls.from_state(
-            loaded.config, state, num_labels=num_labels, label_names=label_names, problem_type=problem_type
-        )
+        try:
+            model = cls.from_state(
+                loaded.config, state, num_labels=num_labels, label_names=label_names, problem_type=problem_type
+            )
+        except UserError as error:
+            raise UserError(f"{loaded.path}: {error}") from None
         if found.tokenizer is not None:
             record = loaded.tokenizer_record
             model._tokenizer = partial(_tokenizer, found.tokenizer, model.config, record, do_lower_case, cache_dir)
@@ -154,6 +157,9 @@ class HeadModel(nn.Module):
         model = cls(config)
         own = model.state_dict()
         given = {name: state[name] for name in own if name in state}
+        for name, tensor in given.items():
+            if tensor.is_floating_point():
+                checkpoint.check_finite(name, tensor)
         for name, tensor in own.items():
             if name in given and given[name].shape == tensor.shape:
                 continue

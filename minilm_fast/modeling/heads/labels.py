@@ -9,6 +9,8 @@ from minilm_fast.errors import UserError
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _DEFAULT_LABELS = 2
+# Far above any task, so that a slip of the keyboard is an error and not all the memory.
+_MOST_LABELS = 1 << 20
 
 
 def label_names(config: Config) -> list[str]:
@@ -20,8 +22,8 @@ def label_names(config: Config) -> list[str]:
     names = config.extra.get("id2label")
     if not isinstance(names, Mapping):
         count = config.extra.get("num_labels", _DEFAULT_LABELS)
-        if not isinstance(count, int) or count < 1:
-            raise UserError(f"configuration: num_labels must be a positive number, found {count!r}")
+        if not isinstance(count, int) or not 1 <= count <= _MOST_LABELS:
+            raise UserError(f"configuration: num_labels must be a number from 1 to {_MOST_LABELS}, found {count!r}")
         return _unnamed(count)
     by_number = {str(number): str(name) for number, name in names.items()}
     wanted = [str(number) for number in range(len(by_number))]
