@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,10 +21,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     the folder is synced. If anything fails, the temporary file is removed and the old content stays.
 
     Raises:
-        UserError: the file cannot be written (no such folder, no permission, no space).
+        UserError: the file cannot be written (no such folder, no permission, no space), or ``path`` is a folder, a
+            device or a pipe, which must not be replaced by a file.
     """
     target = Path(path)
     name = temporary_name(target)
+    _check_replaceable(target)
     try:
         stream = open(name, "xb")  # noqa: SIM115 - closed in the block that can remove it
     except OSError as error:
@@ -37,10 +40,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         sync_folder(target.parent)
     except OSError as error:
         remove_quietly(name)
+        if error.filename is not None and Path(error.filename) not in (name, target):
+            raise  # of another file, which the block deals with
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
     except BaseException:
         remove_quietly(name)
         raise
+
+
+def _check_replaceable(target: Path) -> None:
+    try:
+        mode = os.stat(target).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise UserError(f"{target}: cannot be written: it is {kind}")
 
 
 def temporary_name(target: Path) -> Path:

@@ -38,6 +38,8 @@ COMMANDS = {
 USAGE_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
+MOST_THREADS = 1024
+"""More are a slip of the keyboard: the system may not give them, and the process would end without a word."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -56,7 +58,8 @@ def guarded(run: Callable[[], None], hint: Callable[[], str] = str, batch_flag: 
         batch_flag: what to lower where memory does not suffice.
 
     Returns:
-        The exit status: 0, 2 after a :class:`UserError`, 130 after Ctrl-C, 143 after ``SIGTERM``.
+        The exit status: 0, 2 after a :class:`UserError` or where the system refuses a file, 130 after Ctrl-C, 143
+        after ``SIGTERM``.
     """
     with _terminable(), _one_line_warnings():
         try:
@@ -67,6 +70,10 @@ def guarded(run: Callable[[], None], hint: Callable[[], str] = str, batch_flag: 
             return _fail(f"interrupted{hint()}", INTERRUPTED)
         except Terminated:
             return _fail(f"terminated{hint()}", TERMINATED)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}{hint()}", USAGE_ERROR)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -140,6 +147,16 @@ def run_training(
             world.close()
 
     return guarded(run, lambda: trainer.hint() if trainer else "", "--per_gpu_train_batch_size")
+
+
+def check_threads(threads: int | None) -> None:
+    """Make sure of ``--threads``; None is not given.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UserError(f"--threads must be from 1 to {MOST_THREADS}, got {threads}")
 
 
 def leave(status: int) -> NoReturn:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minilm_fast import __version__
-from minilm_fast.cli import ArgumentParser, guarded, leave, say
+from minilm_fast.cli import ArgumentParser, check_threads, guarded, leave, say
 from minilm_fast.decoding import fingerprint
 from minilm_fast.decoding.inputs import STANDARD, Source, digest, mixture, read_sources
 from minilm_fast.decoding.journal import Header, Record
@@ -89,7 +89,7 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     add(
         "--input_file",
         required=True,
-        help="JSON lines whose 'src' is a text or a list of tokens; - for standard input",
+        help="JSON lines whose 'src' is a text or a list of tokens, plain, gzip or xz; - for standard input",
     )
     add("--subset", type=int, default=0, help="decode the first SUBSET lines only (default: all)")
     add("--output_file", help="default: MODEL_PATH.SPLIT; - for standard output")
@@ -184,8 +184,7 @@ class Decoding:
         self.group = group
         self.options = search_options(args)
         self.device, self.dtype = "cpu", "fp32"
-        if args.threads is not None and args.threads < 1:
-            raise UserError(f"--threads must be at least 1, got {args.threads}")
+        check_threads(args.threads)
         self._opened: list[Results] = []
 
     def hint(self) -> str:

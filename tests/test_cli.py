@@ -1,5 +1,6 @@
 """What all command lines share: quick help, one line for an error, exit statuses, subcommands."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,14 +14,7 @@ from minilm_fast.errors import UserError
 from tests.command import Runner
 
 HEAVY = ("torch", "transformers", "tokenizers", "sentencepiece", "huggingface_hub", "tqdm", "numpy", "safetensors")
-MODULES = (
-    "minilm_fast.decode",
-    "minilm_fast.evaluate",
-    "minilm_fast.gen_seq_from_trace",
-    "minilm_fast.run_seq2seq",
-    "minilm_fast.run_glue",
-    "minilm_fast.run_xnli",
-)
+MODULES = [module for module, _ in cli.COMMANDS.values()]
 
 
 @pytest.fixture
@@ -69,6 +63,12 @@ def test_script_lists_its_commands(run):
         (decode.main, ["--model_path", "x", "--input_file", "y", "--mode", "both"], "--mode"),
         (decode.main, ["--model_path", "x", "--input_file", "y", "--dtype", "fp8"], "--dtype"),
         (decode.main, ["--model_path", "x", "--input_file", "y", "--threads", "0"], "--threads"),
+        (decode.main, ["--model_path", "x", "--input_file", "y", "--threads", str(10**12)], "--threads"),
+        (
+            decode.main,
+            ["--model_path", "x", "--input_file", "y", "--output_file", "z" * 300],
+            "zzz: File name too long",
+        ),
         (decode.main, ["--model_path", "x", "--input_file", "y", "--unknown"], "--unknown"),
         (gen_seq_from_trace.main, ["--input", "x"], "--model_type"),
     ],
@@ -87,6 +87,7 @@ def _raise(error):
         (UserError("x.bin: cut off\nsomewhere"), 2, "error: x.bin: cut off somewhere; try again\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; try again\n"),
         (MemoryError(), 2, "error: not enough memory; a lower --batch_size needs less; try again\n"),
+        (OSError(errno.EACCES, "Permission denied", "in/x.bin"), 2, "error: in/x.bin: Permission denied; try again\n"),
     ],
 )
 def test_exit_statuses(error, status, line, capsys):
@@ -101,9 +102,11 @@ def test_a_request_to_end(capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_errors_of_the_program_are_not_hidden():
-    with pytest.raises(RuntimeError, match="a bug"):
-        cli.guarded(lambda: _raise(RuntimeError("a bug")))
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EBADF, "Bad file descriptor")], ids=repr)
+def test_errors_of_the_program_are_not_hidden(error):
+    with pytest.raises(type(error)) as caught:
+        cli.guarded(lambda: _raise(error))
+    assert caught.value is error
 
 
 def test_warnings_are_one_line(capsys):
