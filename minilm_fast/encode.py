@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from minilm_fast.atomic import atomic_write
-from minilm_fast.cli import ArgumentParser, guarded, leave, say
-from minilm_fast.data.examples import parse_record
+from minilm_fast.cli import ArgumentParser, check_threads, guarded, leave, say
+from minilm_fast.data.examples import decompressed, parse_record, reading, without_compression
 from minilm_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def build_parser() -> ArgumentParser:
     add("--tokenizer_name", help="vocabulary file, folder or hub id (default: the checkpoint's own)")
     add("--do_lower_case", action="store_true", default=None, help="uncased vocabulary")
     add("--cache_dir", help="where downloads from the hub are kept")
-    add("--input_file", required=True, help="texts, one a line; - for standard input")
+    add("--input_file", required=True, help="texts, one a line, plain, gzip or xz; - for standard input")
     add("--output_file", required=True, help="the matrix [lines, hidden size], a .npy file")
     add(
         "--input_format",
@@ -64,7 +66,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def read_texts(stream: IO[bytes], label: str, key: str | None) -> Iterator[str]:
+def read_texts(stream: IO[bytes] | BufferedIOBase, label: str, key: str | None) -> Iterator[str]:
     """The texts of a stream, one a line.
 
     Args:
@@ -72,15 +74,16 @@ def read_texts(stream: IO[bytes], label: str, key: str | None) -> Iterator[str]:
         key: of the text if lines are JSON objects, None if they are texts.
 
     Raises:
-        UserError: a line is wrong; it is named by its number.
+        UserError: the stream cannot be read to its end, or a line is wrong; it is named by its number.
     """
-    for number, line in enumerate(stream, 1):
-        where = f"{label}:{number}"
-        try:
-            text = line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: not UTF-8 text") from None
-        yield text if key is None else _text_of(text, key, where)
+    with reading(label):
+        for number, line in enumerate(stream, 1):
+            where = f"{label}:{number}"
+            try:
+                text = line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{where}: not UTF-8 text") from None
+            yield text if key is None else _text_of(text, key, where)
 
 
 def _text_of(line: str, key: str, where: str) -> str:
@@ -110,7 +113,7 @@ def write_matrix(stream: IO[bytes], blocks: Iterator[np.ndarray], columns: int) 
 
 
 @contextmanager
-def _opened(name: str, label: str) -> Iterator[IO[bytes]]:
+def _opened(name: str, label: str) -> Iterator[IO[bytes] | BufferedIOBase]:
     if name == STANDARD:
         yield sys.stdin.buffer
         return
@@ -118,13 +121,12 @@ def _opened(name: str, label: str) -> Iterator[IO[bytes]]:
         stream = open(name, "rb")  # noqa: SIM115 - an error in the block is none of opening
     except OSError as error:
         raise UserError(f"cannot read {label}: {error.strerror}") from None
-    with stream:
-        yield stream
+    with stream, closing(decompressed(stream)) as content:
+        yield content
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads must be at least 1, got {args.threads}")
+    check_threads(args.threads)
     output = Path(args.output_file)
     if output.suffix != ".npy":
         raise UserError(f"--output_file {output}: must end in .npy")
@@ -141,8 +143,9 @@ def run(args: argparse.Namespace) -> None:
     """
     _check(args)
     label = "standard input" if args.input_file == STANDARD else args.input_file
-    json_lines = args.input_format == "jsonl" or (args.input_format == "auto" and label.endswith(".jsonl"))
-    with _opened(args.input_file, label) as stream, atomic_write(args.output_file) as out:
+    named_so = without_compression(label).endswith(".jsonl")
+    json_lines = args.input_format == "jsonl" or (args.input_format == "auto" and named_so)
+    with _opened(args.input_file, label) as stream, atomic_write(os.path.realpath(args.output_file)) as out:
         import torch
 
         from minilm_fast.modeling.model import Model

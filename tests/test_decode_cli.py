@@ -1,7 +1,9 @@
 """``minilm_fast.decode``: flags, files, formats and reports."""
 
+import gzip
 import io
 import json
+import lzma
 import pickle
 import shutil
 import sys
@@ -50,6 +52,15 @@ def _case(group, **wanted):
         if all(case["args"].get(name) == value for name, value in wanted.items()):
             return [None if i in case["unsafe"] else line for i, line in enumerate(case["lines"])]
     raise AssertionError(f"no case {wanted} in {group}")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])
+def test_compressed_input(pack, run, tmp_path):
+    (tmp_path / "in").write_bytes(pack(INPUTS.read_bytes()))
+    argv = [*MODEL, "--subset", "5", "--output_file", "-"]
+    assert run(*argv, "--input_file", tmp_path / "in").out == run(*argv, "--input_file", INPUTS).out
+    (tmp_path / "in").write_bytes(pack(INPUTS.read_bytes())[:-20])
+    assert run(*argv, "--input_file", tmp_path / "in").error().endswith("in: the compressed file is cut off")
 
 
 def _agree(text, lines):

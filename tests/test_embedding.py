@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
+import os
+from collections.abc import Callable
 from itertools import count
 
 import numpy as np
@@ -145,6 +149,9 @@ def test_the_folder_says_how_to_pool(tmp_path, model: Model, old: bool) -> None:
     [
         ({"modules.json": _modules("Transformer", "Dense")}, "the module 'Dense' is not supported"),
         ({"modules.json": {"a": 1}}, "must be a list of modules"),
+        ({"sentence_bert_config.json": {"max_seq_length": "20"}}, "sentence_bert_config.json: max_seq_length must be"),
+        ({"sentence_bert_config.json": {"max_seq_length": True}}, "an integer above 2, found True"),
+        ({"sentence_bert_config.json": {"max_seq_length": 2}}, "an integer above 2, found 2"),
         (
             {
                 "modules.json": _modules("Transformer", "Pooling"),
@@ -205,7 +212,9 @@ def test_command_with_a_bad_line(tmp_path, run: Runner, name: str, content: byte
         (("--output_file", "out.txt"), "must end in .npy"),
         (("--output_file", "nowhere/out.npy"), "cannot be written"),
         (("--output_file", "out.npy", "--input_file", "nothing.txt"), "cannot read nothing.txt: No such file"),
-        (("--output_file", "out.npy", "--threads", "0"), "--threads must be at least 1"),
+        (("--output_file", "out.npy", "--threads", "0"), "--threads must be from 1"),
+        (("--output_file", "out.npy", "--threads", "1000000000000"), "--threads must be from 1"),
+        (("--output_file", "out.npy", "--model_path", "m" * 300), "mmm: File name too long"),
     ],
 )
 def test_command_with_a_bad_flag(tmp_path, monkeypatch, run: Runner, flags: tuple[str, ...], message: str) -> None:
@@ -213,6 +222,41 @@ def test_command_with_a_bad_flag(tmp_path, monkeypatch, run: Runner, flags: tupl
     (tmp_path / "in.txt").write_text("a\n")
     assert message in run(encode.main, *FLAGS, "--input_file", "in.txt", *flags).error()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_command_reads_compressed_texts(tmp_path, run: Runner, ending: str, pack: Callable[[bytes], bytes]) -> None:
+    content = b'{"text": "a b"}\n{"text": "c"}\n'
+    vectors = []
+    for name, data in (("in.jsonl", content), (f"in.jsonl{ending}", pack(content))):
+        (tmp_path / name).write_bytes(data)
+        out = tmp_path / "out.npy"
+        assert run(encode.main, *FLAGS, "--input_file", tmp_path / name, "--output_file", out).status == 0
+        vectors.append(np.load(out))
+    assert np.array_equal(*vectors) and len(vectors[0]) == 2
+    (tmp_path / "cut").write_bytes(pack(content)[:-9])
+    out.unlink()
+    outcome = run(encode.main, *FLAGS, "--input_file", tmp_path / "cut", "--output_file", out)
+    assert outcome.error() == f"error: cannot read {tmp_path / 'cut'}: the compressed file is cut off"
+    assert not out.exists()
+
+
+def test_output_that_is_no_file_is_not_replaced(tmp_path, run: Runner) -> None:
+    (tmp_path / "in.txt").write_text("a\n")
+    (tmp_path / "folder.npy").mkdir()
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name, kind in (("folder.npy", "a folder"), ("pipe.npy", "a device or a pipe")):
+        outcome = run(encode.main, *FLAGS, "--input_file", tmp_path / "in.txt", "--output_file", tmp_path / name)
+        assert outcome.error() == f"error: {tmp_path / name}: cannot be written: it is {kind}"
+    assert (tmp_path / "pipe.npy").is_fifo() and (tmp_path / "folder.npy").is_dir()
+
+
+def test_output_through_a_link(tmp_path, run: Runner) -> None:
+    (tmp_path / "in.txt").write_text("a\n")
+    (tmp_path / "link.npy").symlink_to("real.npy")
+    out = tmp_path / "link.npy"
+    assert run(encode.main, *FLAGS, "--input_file", tmp_path / "in.txt", "--output_file", out).status == 0
+    assert out.is_symlink() and len(np.load(tmp_path / "real.npy")) == 1
 
 
 def test_real_checkpoint() -> None:

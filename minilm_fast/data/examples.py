@@ -106,7 +106,8 @@ def decode_line(line: bytes, where: str) -> str:
         raise UserError(f"{where}: not UTF-8 text") from None
 
 
-def _decompressed(stream: io.BufferedReader) -> io.BufferedIOBase:
+def decompressed(stream: io.BufferedReader) -> io.BufferedIOBase:
+    """The content of a stream that is plain, gzip or xz (told by its first bytes)."""
     head = stream.peek(len(_XZ))
     if head.startswith(_GZIP):
         return gzip.GzipFile(fileobj=stream)
@@ -141,15 +142,26 @@ def opened(path: str | Path) -> Iterator[io.BufferedIOBase]:
     Raises:
         UserError: the file cannot be read, is cut off or damaged; also while the block reads it.
     """
+    with reading(path), open(path, "rb") as stream, closing(decompressed(stream)) as content:
+        yield content
+
+
+@contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """Within the block what goes wrong with reading ``name`` becomes a :class:`UserError`."""
     try:
-        with open(path, "rb") as stream, closing(_decompressed(stream)) as content:
-            yield content
+        yield
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {name}: {error.strerror or error}") from None
     except EOFError:
-        raise UserError(f"cannot read {path}: the compressed file is cut off") from None
+        raise UserError(f"cannot read {name}: the compressed file is cut off") from None
     except (zlib.error, lzma.LZMAError):
-        raise UserError(f"cannot read {path}: the compressed file is damaged") from None
+        raise UserError(f"cannot read {name}: the compressed file is damaged") from None
+
+
+def without_compression(name: str) -> str:
+    """The name of a file without the ending of gzip or xz."""
+    return name.removesuffix(".gz").removesuffix(".xz")
 
 
 def read_examples(path: str | Path) -> Iterator[Example]:

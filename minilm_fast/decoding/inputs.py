@@ -7,9 +7,8 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from minilm_fast.data.examples import parse_record, text_or_tokens
+from minilm_fast.data.examples import opened, parse_record, reading, text_or_tokens
 from minilm_fast.errors import UserError
 
 Source = str | list[str]
@@ -22,7 +21,7 @@ def read_sources(name: str, subset: int = 0) -> list[Source]:
     """The sources of a file, one a line; other keys than ``src`` are not looked at.
 
     Args:
-        name: a file, or ``-`` for standard input.
+        name: a file, plain, gzip or xz, or ``-`` for standard input.
         subset: if positive, the first so many lines only.
 
     Every line says by its own content whether it is a text or a list of tokens. Blank lines may stand at the end.
@@ -52,10 +51,11 @@ def digest(sources: Sequence[Source]) -> str:
 
 
 def _read(name: str, label: str) -> bytes:
-    try:
-        return sys.stdin.buffer.read() if name == STANDARD else Path(name).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {label}: {error.strerror}") from None
+    if name != STANDARD:
+        with opened(name) as stream:
+            return stream.read()
+    with reading(label):
+        return sys.stdin.buffer.read()
 
 
 def _parse(line: bytes, where: str) -> Source:

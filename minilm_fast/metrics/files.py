@@ -7,10 +7,9 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from minilm_fast.data.examples import parse_record
+from minilm_fast.data.examples import opened, parse_record, without_compression
 from minilm_fast.errors import UserError
 from minilm_fast.metrics.normalize import join_wordpieces
 
@@ -50,15 +49,13 @@ class Gold:
 
 
 def read_lines(name: str) -> list[str]:
-    """The lines of a text file; one line break at the end is none of them.
+    """The lines of a text file, plain, gzip or xz; one line break at the end is none of them.
 
     Raises:
         UserError: the file cannot be read, is empty, or a line is not UTF-8.
     """
-    try:
-        data = Path(name).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from None
+    with opened(name) as stream:
+        data = stream.read()
     if not data:
         raise UserError(f"{name} is empty")
     return [_decoded(line, f"{name}:{number}") for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1)]
@@ -78,7 +75,7 @@ def read_gold(name: str, file_format: str | None, fields: Sequence[str]) -> Gold
     """
     lines = read_lines(name)
     if file_format is None:
-        json_lines = name.endswith((".json", ".jsonl")) or lines[0].lstrip().startswith("{")
+        json_lines = without_compression(name).endswith((".json", ".jsonl")) or lines[0].lstrip().startswith("{")
         file_format = JSON_LINES if json_lines else TEXT
     gold = _from_json(name, lines, fields) if file_format == JSON_LINES else _from_text(name, lines)
     if not any(gold.references):

@@ -67,9 +67,7 @@ def read_settings(folder: Path) -> EmbeddingSettings:
     Raises:
         UserError: a file cannot be read, or the folder asks for a module or a pooling that is not supported.
     """
-    length = None
-    if (folder / SETTINGS_FILES[1]).is_file():
-        length = read_json(folder / SETTINGS_FILES[1]).get("max_seq_length")
+    length = _length(folder / SETTINGS_FILES[1])
     modules = folder / SETTINGS_FILES[0]
     if not modules.is_file():
         return EmbeddingSettings(max_seq_length=length)
@@ -83,6 +81,15 @@ def read_settings(folder: Path) -> EmbeddingSettings:
         elif kind != "Transformer":
             raise UserError(f"{modules}: the module {kind!r} is not supported (Transformer, Pooling, Normalize are)")
     return EmbeddingSettings(pooling, normalize, length)
+
+
+def _length(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    length = read_json(path).get("max_seq_length")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length <= _SPECIALS):
+        raise UserError(f"{path}: max_seq_length must be an integer above {_SPECIALS}, found {length!r}")
+    return length
 
 
 def _modules(path: Path) -> list[dict[str, Any]]:
