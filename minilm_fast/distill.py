@@ -446,8 +446,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--max_seq_length must be at least 3")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise UserError("--dropout must be at least 0 and below 1")
-    if args.relations is not None:
-        parse_relations(args.relations)
+    relations = parse_relations(args.preset if args.relations is None else args.relations)
+    measures = ["dev_loss", *(f"dev_{relation.name}" for relation in relations)]
+    if args.metric_for_best_model is not None and not args.dev_file:
+        raise UserError("--metric_for_best_model needs --dev_file")
+    if args.metric_for_best_model not in (None, *measures):
+        raise UserError(f"--metric_for_best_model {args.metric_for_best_model}: not one of {', '.join(measures)}")
     chosen = [name for name in ("student", "student_config") if getattr(args, name) is not None]
     sized = [f"student_{name}" for name, value in _sizes(args, "student").items() if value is not None]
     if len(chosen) > 1 or (chosen and sized):

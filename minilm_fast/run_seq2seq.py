@@ -154,7 +154,8 @@ def _dev_examples(args: argparse.Namespace) -> list[Example]:
     from minilm_fast.data.examples import read_examples
 
     examples = list(read_examples(args.dev_file)) if args.dev_file else []
-    return examples[:: max(1, len(examples) // args.max_dev_examples)][: args.max_dev_examples]
+    count = min(args.max_dev_examples, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def _generation(args: argparse.Namespace, examples: Sequence[Example]) -> Generation | None:
@@ -272,14 +273,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.max_source_seq_length < 3:
         raise UserError("--max_source_seq_length must be at least 3")
+    if args.max_target_seq_length < 2:
+        raise UserError("--max_target_seq_length must be at least 2")
     if not 0 <= args.label_smoothing < 1:
         raise UserError("--label_smoothing must be at least 0 and below 1")
     for name in ("random_prob", "keep_prob"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} must be between 0 and 1")
+    if args.keep_prob + args.random_prob > 1:
+        raise UserError(f"--keep_prob {args.keep_prob} and --random_prob {args.random_prob} are more than 1 together")
     for name in ("source_mask_prob", "target_mask_prob"):
         if not -1 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} must be between 0 and 1, or negative for none")
+    metric = args.metric_for_best_model
+    if metric is not None and args.dev_file is None:
+        raise UserError("--metric_for_best_model needs --dev_file")
+    if metric not in (None, "dev_loss") and args.dev_task is None:
+        raise UserError(f"--metric_for_best_model {metric}: without --dev_task only dev_loss is measured")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from minilm_fast.cli import ArgumentParser, leave, run_understanding
 from minilm_fast.errors import UserError
-from minilm_fast.training.flags import add_understanding_flags, check_understanding, positive_int
+from minilm_fast.training.flags import add_understanding_flags, check_understanding, number, positive_int
 
 if TYPE_CHECKING:
     from minilm_fast.training.distributed import World
@@ -41,7 +41,10 @@ def build_parser() -> ArgumentParser:
     )
     add("--version_2_with_negative", action="store_true", help="questions may have no answer")
     add(
-        "--null_score_diff_threshold", type=float, default=0.0, help="no answer if its score is above by more than this"
+        "--null_score_diff_threshold",
+        type=number,
+        default=0.0,
+        help="no answer if its score is above by more than this",
     )
     add("--doc_stride", type=positive_int, default=128, help="tokens between the starts of two windows of a context")
     add("--max_query_length", type=positive_int, default=64, help="longer questions are cut to so many tokens")

@@ -190,8 +190,10 @@ def test_a_file_that_is_no_cache_is_not_overwritten(tmp_path: Path, data: Path, 
         build_cache(data, tokenizer, data)
     assert data.read_bytes() == content
     (tmp_path / "lmdb").mkdir()
-    with pytest.raises(UserError, match="cannot read"):
-        build_cache(data, tokenizer, tmp_path / "lmdb")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("lmdb", "pipe"):
+        with pytest.raises(UserError, match=f"{name} is there and is no file"):
+            build_cache(data, tokenizer, tmp_path / name)
 
 
 def test_bad_data_leaves_no_cache(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:

@@ -94,6 +94,8 @@ def build_cache(path: str | Path, tokenizer: Tokenizer, cache_file: str | Path, 
     obstacle = _obstacle(path)
     if obstacle is not None:
         raise UserError(f"{target}: {obstacle}")
+    if target.exists() and not target.is_file():
+        raise UserError(f"{target} is there and is no file: name another one")
     stamp = _stamp(path)
     fingerprint = _fingerprint(path, tokenizer)
     if target.exists():

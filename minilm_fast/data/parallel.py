@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 # Larger inputs are worth the start of several processes, in bytes.
 _LARGE = 1 << 26
 _MOST_BY_DEFAULT = 8
+# More bring nothing, and operating systems refuse them.
+_MOST = 1024
 
 _worker: Callable[[Any], Any]
 
@@ -72,6 +74,7 @@ def ordered_map(
     if num_proc <= 1:
         yield from map(function, items)
         return
+    num_proc = min(num_proc, _MOST)
     # Forking would copy the locks of threads that are running here.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_proc, context, initializer=_start, initargs=(function,))

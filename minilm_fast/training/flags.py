@@ -32,6 +32,22 @@ def natural(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """An integer that generators of random numbers take."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError("must be an integer of 64 bits")
+    return value
+
+
+def number(text: str) -> float:
+    """A number, which may be infinite."""
+    value = float(text)
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError("must be a number")
+    return value
+
+
 def positive_float(text: str) -> float:
     """A finite number above 0."""
     value = float(text)
@@ -153,7 +169,7 @@ def _add_optimiser_flags(parser: argparse.ArgumentParser, family: Family) -> Non
     add(*family.steps, dest="num_training_steps", type=int, default=-1, metavar="N", help=steps)
     add(*family.epochs, dest="num_training_epochs", type=family.count, default=family.default_epochs, metavar="N")
     add(*family.warmup, dest="num_warmup_steps", type=natural, default=0, metavar="N")
-    add("--seed", type=int, default=42)
+    add("--seed", type=seed, default=42)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time (new)")
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minilm_fast.atomic import atomic_write
+
+# A loss: the mean one, or that of one relation of a distillation.
+_LOSS = re.compile(r".*loss|dev_[qkv]{2}")
 
 
 class History:
@@ -16,8 +20,8 @@ class History:
 
     Args:
         path: the file.
-        metric: what decides which checkpoint is the best: the lowest for a name that ends in ``loss``, otherwise the
-            highest; the earliest of equals.
+        metric: what decides which checkpoint is the best: the lowest of a loss (a name that ends in ``loss``, or a
+            relation's, such as ``dev_qk``), otherwise the highest; the earliest of equals.
 
     Attributes:
         records: one mapping for each checkpoint, with ``"step"`` and what was measured.
@@ -61,6 +65,6 @@ def best_record(records: Sequence[Mapping[str, float]], metric: str) -> dict[str
     measured = [record for record in records if math.isfinite(record.get(metric, math.nan))]
     if not measured:
         return None
-    sign = 1 if metric.endswith("loss") else -1
+    sign = 1 if _LOSS.fullmatch(metric) else -1
     best = min(measured, key=lambda record: sign * record[metric])
     return {"step": best["step"], "metric": metric, "value": best[metric]}

@@ -1,0 +1,62 @@
+"""The command line of fine-tuning: flags that cannot be, one line each; the choice of dev examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from training_files import RUN, arguments, copy_model, write_examples
+
+from minilm_fast import run_seq2seq
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and data."""
+    folder = tmp_path_factory.mktemp("training")
+    copy_model(folder / "model")
+    write_examples(folder / "train.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"seed": 10**30}, "argument --seed: must be an integer of 64 bits"),
+        ({"learning_rate": "nan"}, "argument --learning_rate: must be a positive number"),
+        ({"max_source_seq_length": 2}, "--max_source_seq_length must be at least 3"),
+        ({"max_target_seq_length": 1}, "--max_target_seq_length must be at least 2"),
+        ({"label_smoothing": "nan"}, "--label_smoothing must be at least 0 and below 1"),
+        ({"keep_prob": -0.1}, "--keep_prob must be between 0 and 1"),
+        ({"keep_prob": 0.7, "random_prob": 0.6}, "--keep_prob 0.7 and --random_prob 0.6 are more than 1 together"),
+        ({"target_mask_prob": "nan"}, "--target_mask_prob must be between 0 and 1"),
+        ({"dev_file": None, "metric_for_best_model": "dev_loss"}, "--metric_for_best_model needs --dev_file"),
+        ({"metric_for_best_model": "dev_bleu4"}, "without --dev_task only dev_loss is measured"),
+        ({"bf16": True, "fp16": True}, "--fp16 and --bf16 exclude one another"),
+    ],
+)
+def test_wrong_flags_are_one_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, object], message: str
+) -> None:
+    given = {**RUN, "dev_file": place / "train.jsonl", "output_dir": tmp_path / "out", **flags}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        status = run_seq2seq.main(arguments(place, place / "model", **given))
+    except SystemExit as stop:
+        status = stop.code
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2 and lines[-1].startswith("error: ") and message in lines[-1]
+    assert not list((tmp_path / "out").glob("ckpt-*"))
+
+
+@pytest.mark.parametrize("most", [1, 7, 20, 39, 40, 100])
+def test_dev_examples_are_spread_over_the_file(tmp_path: Path, most: int) -> None:
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text("".join(json.dumps({"src": "a", "tgt": str(number)}) + "\n" for number in range(40)))
+    required = ["--train_file=a", "--model_type=bert", "--model_name_or_path=b", "--output_dir=c"]
+    args = run_seq2seq.build_parser().parse_args([*required, f"--dev_file={dev}", f"--max_dev_examples={most}"])
+    chosen = [int(example.target) for example in run_seq2seq._dev_examples(args)]
+    assert len(chosen) == min(most, 40) and chosen[0] == 0
+    steps = {later - earlier for earlier, later in zip(chosen, [*chosen[1:], 40], strict=True)}
+    assert max(steps) - min(steps) <= 1
