@@ -16,7 +16,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 import encoder
 import encoder_report
 import encoder_texts
-from peers.encoder_base import Case, Padded
+from peers.encoder_base import Case, EncoderJob, Padded
+from peers.encoder_openvino import OpenVino
 from peers.encoders import ENCODERS, offered
 from shapes import SHAPES
 from work import encoder as work_of_encoder
@@ -85,6 +86,16 @@ def test_padding() -> None:
     assert np.array_equal(feed["input_ids"], [[5, 6, 7], [8, 0, 0]])
     assert np.array_equal(feed["attention_mask"], [[1, 1, 1], [1, 0, 0]])
     assert not feed["token_type_ids"].any()
+
+
+def test_openvino_int8_gets_no_batch_as_long_as_a_head_is_wide(tmp_path: Path) -> None:
+    """See :class:`peers.encoder_openvino.OpenVino`."""
+    for dtype, expected in (("int8", [[4], [6], [6]]), ("fp32", [[4], [5], [6]])):
+        peer = OpenVino(EncoderJob(tmp_path, tmp_path, dtype, 1), [])
+        peer._head_size = 5
+        found = [peer.ready([[2] * length, [2, 3]]) for length in (4, 5, 6)]
+        assert [[feed["input_ids"].shape[1]] for feed in found] == expected
+        assert all(feed["attention_mask"].sum() == length + 2 for feed, length in zip(found, (4, 5, 6), strict=True))
 
 
 def test_texts_of_every_kind_of_file(tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ class Padded:
         ids[mask] = np.concatenate([np.asarray(sequence) for sequence in sequences])
         return cls(ids, mask.astype(np.int64))
 
+    def wider(self) -> Padded:
+        """The same batch with one more column of padding."""
+        return Padded(*(np.pad(part, ((0, 0), (0, 1))) for part in (self.input_ids, self.attention_mask)))
+
     def feed(self) -> dict[str, np.ndarray]:
         """The inputs of the ONNX model."""
         names = ("input_ids", "attention_mask", "token_type_ids")
