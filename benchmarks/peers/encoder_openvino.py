@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from minilm_fast.config import Config
 from peers.base import NotSupported
 from peers.encoder_base import (
     ONNX_FILE,
@@ -18,16 +19,14 @@ from peers.encoder_base import (
     once_per_shape,
 )
 
-from minilm_fast.config import Config
-
 
 class OpenVino(EncoderPeer):
     """One stream with all threads. Cases of one shape get a model reshaped to it, the others one with dynamic shapes.
 
     int8 is NNCF's post-training quantisation for Transformers; what it leaves in floating point runs in bf16 where the
-    CPU has it, which is OpenVINO's own default there. With that mixture OpenVINO 2026.4 computes wrong attention where a
-    batch is exactly as long as a head is wide (cosines of 0.69 to 0.91 to fp32; one column of padding more, and they are
-    above 0.99): such batches get that column.
+    CPU has it, which is OpenVINO's own default there. With that mixture OpenVINO 2026.4 computes wrong attention where
+    a batch is exactly as long as a head is wide (cosines of 0.69 to 0.91 to fp32; with one column of padding more they
+    are above 0.99): such batches get that column.
     """
 
     name = "openvino"
