@@ -379,10 +379,10 @@ def test_every_sequence_once_an_epoch(world: Path, tmp_path: Path) -> None:
         ({"teacher": "nowhere/at/all"}, "nowhere/at/all"),
         ({"bf16": True, "fp16": True}, "--fp16 and --bf16"),
         (
-            {"metric_for_best_model": "dev_qk"},
-            "--metric_for_best_model dev_qk: not one of dev_loss, dev_qq, dev_kk, dev_vv",
+            {"metric_for_best_model": "dev_qk", "dev_file": "x"},
+            "dev_qk: not one of dev_loss, dev_qq, dev_kk, dev_vv",
         ),
-        ({"metric_for_best_model": "dev_loss", "dev_file": None}, "--metric_for_best_model needs --dev_file"),
+        ({"metric_for_best_model": "dev_loss"}, "--metric_for_best_model needs --dev_file"),
         ({"learning_rate": 1e30, "num_training_steps": 9}, "the loss is"),
     ],
 )
@@ -437,8 +437,8 @@ def test_another_run_is_not_overwritten(world: Path, tmp_path: Path, capsys: pyt
 
 
 def test_lowest_loss_of_a_relation_is_the_best(world: Path, tmp_path: Path) -> None:
-    args = arguments(world, tmp_path, metric_for_best_model="dev_kk", num_training_steps=4, save_steps=1)
-    assert main(args) == 0
+    flags = {"metric_for_best_model": "dev_kk", "dev_file": world / "dev.txt", "num_training_steps": 4, "save_steps": 1}
+    assert main(arguments(world, tmp_path, **flags)) == 0
     history = json.loads((tmp_path / "history.json").read_text())
     found = {record["dev_kk"]: record["step"] for record in history["records"]}
     assert len(found) == 4 and history["best"]["step"] == found[min(found)] != found[max(found)]
