@@ -30,7 +30,7 @@ class ByteLevelBpe:
         try:
             self._tokenizer = Tokenizer(models.BPE(dict(vocabulary), merges))
         except Exception as error:
-            raise UserError(f"{source}: merges and vocabulary do not fit: {error}") from None
+            raise UserError(f"{source}: merges and vocabulary do not fit: {str(error).splitlines()[0]}") from None
         self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._decoder = decoders.ByteLevel()
         self.merges = merges
@@ -180,13 +180,13 @@ def read_id_map(path: Path) -> dict[str, int]:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file with its line ends made uniform.
+    """Read a UTF-8 file with its line ends made uniform and without a byte-order mark.
 
     Raises:
         UserError: the file is missing, empty, not text, a web page or a git-LFS pointer.
     """
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:
             text = stream.read()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

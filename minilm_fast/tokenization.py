@@ -300,6 +300,8 @@ def _apply_settings(folder: Path, content: _Vocabulary) -> None:
     if (folder / "added_tokens.json").is_file():
         ids = read_id_map(folder / "added_tokens.json")
         for token, index in sorted(ids.items(), key=lambda item: item[1]):
+            if not token:
+                raise UserError(f"{folder / 'added_tokens.json'}: an empty token")
             if index == len(content.tokens):
                 content.tokens.append(token)
             elif index > len(content.tokens) or content.tokens[index] != token:
@@ -309,7 +311,7 @@ def _apply_settings(folder: Path, content: _Vocabulary) -> None:
     known = set(content.tokens)
     for token in extra if isinstance(extra, list) else ():
         text = token.get("content") if isinstance(token, Mapping) else token
-        if isinstance(text, str) and text in known and text not in content.added:
+        if isinstance(text, str) and text and text in known and text not in content.added:
             content.added.append(text)
     standard = _SPECIAL_TOKENS[content.algorithm].values()
     content.added[:] = [token for token in content.added if token not in standard]
@@ -321,7 +323,10 @@ def _read_file(path: Path, wanted: str) -> _Vocabulary:
     if path.suffix == ".json":
         values = read_json(path)
         if isinstance(values.get("model"), Mapping):
-            return _read_tokenizer_json(path, values)
+            try:
+                return _read_tokenizer_json(path, values)
+            except (AttributeError, KeyError, TypeError) as error:  # a part is of another kind than it must be
+                raise UserError(f"{path}: not a usable tokenizer.json ({type(error).__name__}: {error})") from None
         tokens = _in_order(read_id_map(path), str(path))
         return _Vocabulary(_BPE, tokens, str(path), merges=read_merges(path.with_name("merges.txt")))
     if wanted != _WORDPIECE:
@@ -356,10 +361,17 @@ def _read_tokenizer_json(path: Path, values: Mapping[str, Any]) -> _Vocabulary:
         ids.setdefault(added["content"], added["id"])
     tokens = _in_order(ids, str(path))
     if kind == "WordPiece":
-        normalizer = values.get("normalizer") or {}
-        return _Vocabulary(_WORDPIECE, tokens, str(path), lower_case=normalizer.get("lowercase"))
+        return _Vocabulary(_WORDPIECE, tokens, str(path), lower_case=_lowers(values.get("normalizer") or {}))
     pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges") or ()]
     return _Vocabulary(_BPE, tokens, str(path), merges=pairs)
+
+
+def _lowers(normalizer: Mapping[str, Any]) -> bool | None:
+    """Whether a normalizer of a ``tokenizer.json`` makes text lower case; None if it does not say."""
+    parts = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+    if any(part.get("type") == "Lowercase" for part in parts):
+        return True
+    return next((part["lowercase"] for part in parts if isinstance(part.get("lowercase"), bool)), None)
 
 
 def _in_order(ids: Mapping[str, int], source: str) -> list[str]:

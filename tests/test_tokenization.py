@@ -421,6 +421,61 @@ def test_broken_vocabularies(tmp_path, name, content, model_type, part):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": [1]},
+        {"normalizer": "x"},
+        {"added_tokens": [1]},
+        {"added_tokens": [{"content": "[new]"}]},
+        {"added_tokens": [{"content": "[new]", "id": "y"}]},
+        {"model": {"type": "WordPiece", "vocab": {"a": "x", "b": 1}}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [5]}},
+        {
+            "model": {
+                "type": "BPE",
+                "vocab": {"<s>": 0, "</s>": 1, "<mask>": 2, "<pad>": 3, "<unk>": 4},
+                "merges": ["a"],
+            }
+        },
+    ],
+    ids=str,
+)
+def test_a_tokenizer_file_with_other_parts(tmp_path, change):
+    content = json.loads((bert_uncased() / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | change))
+    with pytest.raises(UserError) as error:
+        Tokenizer.from_pretrained(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_lower_case_of_a_tokenizer_file(tmp_path):
+    content = json.loads((bert_uncased() / "tokenizer.json").read_text(encoding="utf-8"))
+    bert = content["normalizer"]
+    for normalizer, lower in (
+        (bert, True),
+        ({**bert, "lowercase": False}, False),
+        ({"type": "Sequence", "normalizers": [{"type": "NFC"}, bert]}, True),
+        ({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}, True),
+        ({"type": "NFC"}, False),
+        (None, False),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "normalizer": normalizer}))
+        assert Tokenizer.from_pretrained(tmp_path).do_lower_case is lower
+
+
+def test_byte_order_mark_of_a_vocabulary(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(b"\xef\xbb\xbf" + TINY.read_bytes())
+    assert Tokenizer.from_pretrained(tmp_path).record() == Tokenizer.from_pretrained(TINY).record()
+
+
+def test_an_empty_added_token(tmp_path):
+    shutil.copy(TINY, tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"": 400}')
+    with pytest.raises(UserError, match=r"added_tokens\.json: an empty token"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_merges_that_do_not_fit(tmp_path, bpe):
     shutil.copy(bpe / "vocab.json", tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
