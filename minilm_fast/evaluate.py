@@ -170,7 +170,7 @@ class Evaluation:
         if self.output:
             self.output.write([json.dumps(self._report(scored, best), indent=2, ensure_ascii=False)])
         if self.args.json != STANDARD:
-            print("\n".join(self._table(scored, best)))
+            Destination(STANDARD).write(self._table(scored, best))
         if self.args.save_best:
             fractions = {scores.file: scores.values[self.task.best_by] / 100 for scores in scored}
             for note in save_best(fractions, self.args.split):

@@ -99,7 +99,8 @@ def _run(args: argparse.Namespace) -> None:
     if output:
         output.write([json.dumps(content, indent=2)])
     if args.json != STANDARD:
-        print(table(scores) if several else json.dumps(content, indent=2) + "\n", end="", flush=True)
+        text = table(scores) if several else json.dumps(content, indent=2)
+        Destination(STANDARD).write(text.splitlines())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

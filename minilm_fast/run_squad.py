@@ -110,6 +110,7 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
     from minilm_fast.data.answer_windows import WindowOptions, make_windows
     from minilm_fast.data.feature_cache import digest_of
     from minilm_fast.data.squad import gold_answers, read_squad, set_names
+    from minilm_fast.decoding.output import STANDARD, Destination
     from minilm_fast.metrics.squad import table
     from minilm_fast.modeling.question_answering import QuestionAnswerer
     from minilm_fast.training import understanding
@@ -160,7 +161,7 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
         text = table(found)
         with atomic_write(folder / TABLE) as file:
             file.write(text.encode())
-        print(text, end="", flush=True)
+        Destination(STANDARD).write(text.splitlines())
 
     task = QuestionAnsweringTask(
         model,

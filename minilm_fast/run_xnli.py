@@ -149,10 +149,11 @@ def make_trainer(args: argparse.Namespace, world: World) -> Trainer:
 
 def _write_table(text: str, folder: Path) -> None:
     from minilm_fast.atomic import atomic_write
+    from minilm_fast.decoding.output import STANDARD, Destination
 
     with atomic_write(folder / TABLE) as file:
         file.write(text.encode())
-    print(text, end="", flush=True)
+    Destination(STANDARD).write(text.splitlines())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """What all command lines share: quick help, one line for an error, exit statuses, subcommands."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from minilm_fast import __version__, cli, decode, gen_seq_from_trace
 from minilm_fast.errors import UserError
-from tests.command import Runner
+from tests.command import Runner, only_error, spawn
 
 HEAVY = ("torch", "transformers", "tokenizers", "sentencepiece", "huggingface_hub", "tqdm", "numpy", "safetensors")
 MODULES = [module for module, _ in cli.COMMANDS.values()]
@@ -120,3 +121,20 @@ def test_processes_of_a_group_are_told_apart(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert cli.guarded(lambda: _raise(UserError("no"))) == 2
     assert capsys.readouterr().err == "error: process 3: no\n"
+
+
+@pytest.mark.parametrize(("place", "reason"), [("/dev/full", "No space left on device"), (None, "Broken pipe")])
+def test_a_table_that_cannot_be_printed(place, reason, tmp_path):
+    answer = {"text": "y", "answer_start": 2}
+    question = {"id": "1", "question": "what", "answers": [answer]}
+    (tmp_path / "data.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "x y", "qas": [question]}]}]}))
+    (tmp_path / "answers.json").write_text('{"1": "y"}')
+    argv = ["--data_file", tmp_path / "data.json", "--prediction_file", tmp_path / "answers.json"]
+    script = f"import os; os.dup2(os.open({place!r}, os.O_WRONLY), 1)" if place else ""
+    process = spawn("evaluate_qa", *argv, script=script)
+    if not place:
+        process.stdout.close()
+        process.stdout = None
+    _, err = process.communicate(timeout=60)
+    assert only_error(err.decode()) == f"error: standard output: cannot be written: {reason}"
+    assert process.returncode == 2
