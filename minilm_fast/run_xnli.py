@@ -95,7 +95,7 @@ def _read(
     train, known = features([]), {}
     if args.do_train:
         path = args.train_file or find_train(args.data_dir, _train_language(args))
-        train, known = features(read_xnli(path, labels)), {"train_file": digest_of(path)}
+        train, known = features(read_xnli(path, labels, training=True)), {"train_file": digest_of(path)}
         logger.info("train: %d examples in %s", len(train), path)
     choosing = args.evaluate_during_training or args.eval_all_checkpoints
     dev = split("dev", required=choosing) if choosing or args.do_eval else {}

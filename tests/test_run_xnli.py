@@ -19,6 +19,7 @@ from minilm_fast.data.xnli import LABELS, LANGUAGES, find_train, parse_languages
 from minilm_fast.errors import UserError
 from minilm_fast.run_xnli import main, table
 from minilm_fast.tokenization import Tokenizer
+from minilm_fast.training.classification import ClassificationTask
 
 ORIGINAL = "language\tgold_label\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1\tsentence2\tpromptID"
 
@@ -75,6 +76,16 @@ def test_both_layouts_hold_the_same(tmp_path: Path) -> None:
     assert read_split(tmp_path / "new", "dev", ("en", "fr")).keys() == {"en"}
 
 
+def test_undecided_pairs_are_passed_over_in_training_only(tmp_path: Path) -> None:
+    path = tmp_path / "snli.tsv"
+    write_table(path, "index\tsentence1\tsentence2\tgold_label", [(0, "a", "b", "neutral"), (1, "a", "c", "-")])
+    with pytest.warns(UserWarning, match="1 examples without a decided label are passed over"):
+        found = read_xnli(path, training=True)
+    assert [example.texts for example in found] == [("a", "b")]
+    with pytest.raises(UserError, match=r"snli\.tsv:3: the label '-' is not one of"):
+        read_xnli(path)
+
+
 def test_languages() -> None:
     assert parse_languages("all") == LANGUAGES and len(set(LANGUAGES)) == 15
     with pytest.raises(UserError, match="language 'jp' is not one of XNLI's: en, fr, es"):
@@ -87,8 +98,15 @@ def test_table() -> None:
     assert table({"test_accuracy": 0.5}, ["ur"]) == "| Average |   ur |\n|    50.0 | 50.0 |\n"
 
 
-def test_trained_in_one_language_measured_in_three(tmp_path: Path, run: Runner) -> None:
-    """The best on all languages' development sets together is measured on the test sets."""
+def test_trained_in_one_language_measured_in_three(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best on all languages' development sets together is measured on the test sets, which are computed once."""
+    computed: list[int] = []
+    plain = ClassificationTask.logits
+    monkeypatch.setattr(
+        ClassificationTask, "logits", lambda self, *args: (computed.append(len(args[0])), plain(self, *args))[1]
+    )
     write_vocabulary(tmp_path)
     write_original(tmp_path / "data")
     flags = {
@@ -107,6 +125,9 @@ def test_trained_in_one_language_measured_in_three(tmp_path: Path, run: Runner) 
     measures = found["measures"]
     each = [measures[f"test_{language}_accuracy"] for language in ("en", "de", "sw")]
     assert measures["test_accuracy"] == pytest.approx(sum(each) / 3) and measures["test_accuracy"] > 0.8
+    assert computed == [60] * 3 * 4 + [90] * 3
+    # A few measures a line.
+    assert sum(line[9:].startswith("ckpt-40  dev_") for line in outcome.err.splitlines()) == 2
     tested = [name for name, kinds in found["checkpoints"].items() if "test_accuracy" in kinds]
     assert tested == [found["checkpoint"]]
     shown = (tmp_path / "out" / "xnli_table.txt").read_text()

@@ -16,7 +16,8 @@ from minilm_fast.data.classification import UNLABELLED, Table, TextExample, labe
 from minilm_fast.errors import UserError
 
 _SUFFIXES = ("", ".gz", ".xz")
-_UNDECIDED = "-"
+UNDECIDED = "-"
+"""Label of a pair whose annotators did not agree."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def read_glue(path: str | Path, task: str, labels: Sequence[str] | None = None) 
     found: list[TextExample] = []
     undecided = 0
     for where, (*texts, label) in table.rows(path):
-        if label == _UNDECIDED and not spec.regression:
+        if label == UNDECIDED and not spec.regression:
             undecided += 1
             continue
         found.append(
@@ -151,9 +152,14 @@ def read_glue(path: str | Path, task: str, labels: Sequence[str] | None = None) 
         )
     if not found:
         raise UserError(f"{path} holds no examples")
-    if undecided:
-        warnings.warn(f"{path}: {undecided} examples without a decided label are passed over", stacklevel=2)
+    warn_of_undecided(path, undecided)
     return found
+
+
+def warn_of_undecided(path: str | Path, count: int) -> None:
+    """Says how many examples of a file were passed over, if any."""
+    if count:
+        warnings.warn(f"{path}: {count} examples without a decided label are passed over", stacklevel=3)
 
 
 def read_glue_test(path: str | Path, task: str) -> tuple[list[str], list[TextExample]]:

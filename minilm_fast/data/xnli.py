@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minilm_fast.data.classification import Table, TextExample, label_number
-from minilm_fast.data.glue import THREE_WAY
+from minilm_fast.data.glue import THREE_WAY, UNDECIDED, warn_of_undecided
 from minilm_fast.errors import UserError
 
 LANGUAGES = ("en", "fr", "es", "de", "el", "bg", "ru", "tr", "ar", "vi", "th", "zh", "hi", "sw", "ur")
@@ -54,18 +54,25 @@ def find_train(folder: Path, language: str) -> Path:
     return found
 
 
-def read_xnli(path: str | Path, labels: Sequence[str] = LABELS) -> list[TextExample]:
+def read_xnli(path: str | Path, labels: Sequence[str] = LABELS, *, training: bool = False) -> list[TextExample]:
     """The examples of a file that holds one language.
 
     Args:
         labels: in the order of their numbers.
+        training: pairs without a decided label (``-``), which MNLI and SNLI have, are passed over with a warning.
 
     Raises:
         UserError: the file cannot be read, lacks a column, has another label, or no example.
     """
-    found = [_example(fields, labels, where) for where, fields in _PAIRS.rows(path)]
+    found, undecided = [], 0
+    for where, fields in _PAIRS.rows(path):
+        if training and fields[-1] == UNDECIDED:
+            undecided += 1
+        else:
+            found.append(_example(fields, labels, where))
     if not found:
         raise UserError(f"{path} holds no examples")
+    warn_of_undecided(path, undecided)
     return found
 
 

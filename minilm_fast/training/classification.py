@@ -22,6 +22,7 @@ from minilm_fast.training.distributed import World
 from minilm_fast.training.flops import first_token_flops
 from minilm_fast.training.head_task import HeadTask, Scorer
 from minilm_fast.training.precision import Precision
+from minilm_fast.training.task import StepData
 
 Sets = Mapping[str, ClassificationFeatures]
 """Data sets by name; one alone may have the name ``""``."""
@@ -146,6 +147,18 @@ class ClassificationTask(HeadTask):
         self.test = dict(test or {})
         self.submissions = submissions
         self.on_report = on_report
+        # Logits of the test sets by the weights as they are.
+        self._known: dict[ClassificationFeatures, np.ndarray] = {}
+
+    def step_data(self, step: int) -> StepData:
+        """See :class:`HeadTask`."""
+        self._known.clear()
+        return super().step_data(step)
+
+    def load_weights(self, folder: Path) -> None:
+        """See :class:`HeadTask`."""
+        self._known.clear()
+        super().load_weights(folder)
 
     def training_batch(self, indices: Sequence[int]) -> ClassificationBatch:
         """See :class:`HeadTask`."""
@@ -183,12 +196,18 @@ class ClassificationTask(HeadTask):
         if not sets:
             return {}
         scorer = self.scorer(precision)
-        found = {name: self.logits(features, world, scorer) for name, features in sets.items()}
+        return self._all_measures(sets, {each: self.logits(each, world, scorer) for each in sets.values()}, prefix)
+
+    def _all_measures(
+        self, sets: Sets, logits: Mapping[ClassificationFeatures, np.ndarray], prefix: str
+    ) -> dict[str, float]:
+        if not sets:
+            return {}
         labels = np.concatenate([features.labels for features in sets.values()])
-        measures = self._measures(np.concatenate(list(found.values())), labels, prefix)
+        measures = self._measures(np.concatenate([logits[each] for each in sets.values()]), labels, prefix)
         if len(sets) > 1:
             for name, features in sets.items():
-                measures |= self._measures(found[name], features.labels, f"{prefix}_{name}")
+                measures |= self._measures(logits[features], features.labels, f"{prefix}_{name}")
         return measures
 
     def measure_names(self) -> list[str]:
@@ -203,13 +222,24 @@ class ClassificationTask(HeadTask):
         values = {name: METRICS[name](predictions, labels) for name in self.options.metrics}
         return {f"{prefix}_loss": loss} | {f"{prefix}_{name}": value for name, value in values.items()}
 
+    def _test_logits(
+        self, sets: Iterable[ClassificationFeatures], world: World, precision: Precision
+    ) -> Mapping[ClassificationFeatures, np.ndarray]:
+        """Logits of test sets; those of one that is both scored and predicted are computed once."""
+        missing = [features for features in sets if features not in self._known]
+        if missing:
+            scorer = self.scorer(precision)
+            self._known |= {features: self.logits(features, world, scorer) for features in missing}
+        return self._known
+
     def evaluate(self, world: World, precision: Precision, weights: Path) -> dict[str, float]:
         """``dev_loss`` and each metric, see :meth:`measure`."""
         return self.measure(self.dev, "dev", world, precision)
 
     def report(self, world: World, precision: Precision, output_dir: Path) -> dict[str, float]:
         """The same of the test sets, named ``test_...``."""
-        measures = self.measure(self.test, "test", world, precision)
+        logits = self._test_logits(self.test.values(), world, precision)
+        measures = self._all_measures(self.test, logits, "test")
         if self.on_report is not None:
             show = self.on_report
             world.on_main(lambda: show(measures, output_dir))
@@ -218,9 +248,9 @@ class ClassificationTask(HeadTask):
     def predict_files(self, world: World, precision: Precision, output_dir: Path) -> list[Path]:
         """A file for each submission: ``index`` and ``prediction``, as GLUE wants them."""
         paths = []
-        scorer = self.scorer(precision)
+        logits = self._test_logits([each.features for each in self.submissions], world, precision)
         for submission in self.submissions:
-            predictions = self.predictions(self.logits(submission.features, world, scorer))
+            predictions = self.predictions(logits[submission.features])
             rows = zip(submission.numbers, map(submission.show, predictions.tolist()), strict=True)
             text = "index\tprediction\n" + "".join(f"{number}\t{shown}\n" for number, shown in rows)
             paths.append(output_dir / f"{submission.name}.tsv")

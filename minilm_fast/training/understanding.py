@@ -39,6 +39,7 @@ from minilm_fast.training.task import Task
 logger = logging.getLogger(__name__)
 
 RESULTS = "eval_results"
+_LONGEST_LINE = 90
 
 
 class UnderstandingTask(Task, Protocol):
@@ -227,8 +228,15 @@ def _best(candidates: list[Candidate], results: Mapping[str, Mapping[str, float]
 
 
 def _log(name: str, measures: Mapping[str, float]) -> None:
-    for measure, value in measures.items():
-        logger.info("%s  %s %.4f", name, measure, value)
+    """A few measures a line: XNLI has some thirty of them."""
+    line = ""
+    for part in (f"  {measure} {value:.4f}" for measure, value in measures.items()):
+        if line and len(line) + len(part) > _LONGEST_LINE:
+            logger.info("%s%s", name, line)
+            line = ""
+        line += part
+    if line:
+        logger.info("%s%s", name, line)
 
 
 def _write(trainer: Trainer, chosen: Candidate, results: Mapping[str, Mapping[str, float]]) -> None:
