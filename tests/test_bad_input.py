@@ -265,3 +265,24 @@ def test_standard_output_is_full_or_closed(tmp_path):
         assert process.wait() == 2
         assert f"standard output: cannot be written: {reason}" in only_error(err)
         process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return minilm_fast.Model.from_pretrained(TINY, tokenizer_name=TINY / "vocab.txt", do_lower_case=True)
+
+
+def test_one_text_from_python(model):
+    """Not its characters one by one."""
+    options = {"max_seq_length": 32, "max_tgt_length": 8}
+    alone = model.generate("segu gota", **options)
+    (first, second) = model.generate((text for text in ("segu gota", "zi")), **options)
+    assert alone == first and first.text != second.text
+    with pytest.raises(UserError, match="inputs must be sources, got one string"):
+        next(model.generate_stream("segu gota", **options))
+
+
+@pytest.mark.parametrize("source", [None, 5, b"gota", ["gota", 5], {"src": "gota"}], ids=str)
+def test_sources_of_another_kind_from_python(model, source):
+    with pytest.raises(UserError, match="source 1 must be a string or a list of tokens, got"):
+        model.generate(["gota", source], max_seq_length=32, max_tgt_length=8)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -217,15 +217,30 @@ class Model:
         settings = settings.checked(self.config.max_position_embeddings)
         yield from Embedder(self.encoder(dtype), self.tokenizer, settings).blocks(texts, batch_size, num_proc)
 
+    @overload
     def generate(
-        self, inputs: Sequence[Source], *, dtype: str = "fp32", device: str | None = None, **options: Any
-    ) -> list[GenerationResult]:
-        """Decodes sources; results in input order. Arguments and errors as for :meth:`generate_stream`."""
+        self, inputs: str, *, dtype: str = ..., device: str | None = ..., **options: Any
+    ) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self, inputs: Iterable[Source], *, dtype: str = ..., device: str | None = ..., **options: Any
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self, inputs: str | Iterable[Source], *, dtype: str = "fp32", device: str | None = None, **options: Any
+    ) -> Any:
+        """Decodes sources; results in input order, of one text the result alone.
+
+        Arguments and errors as for :meth:`generate_stream`.
+        """
+        if isinstance(inputs, str):
+            return self.generate([inputs], dtype=dtype, device=device, **options)[0]
         found = dict(self.generate_stream(inputs, dtype=dtype, device=device, **options))
-        return [found[i] for i in range(len(inputs))]
+        return [found[i] for i in range(len(found))]
 
     def generate_stream(
-        self, inputs: Sequence[Source], *, dtype: str = "fp32", device: str | None = None, **options: Any
+        self, inputs: Iterable[Source], *, dtype: str = "fp32", device: str | None = None, **options: Any
     ) -> Iterator[tuple[int, GenerationResult]]:
         """Decodes sources and yields ``(index, result)`` as each finishes.
 
@@ -236,12 +251,12 @@ class Model:
             **options: fields of :class:`~minilm_fast.decoding.options.SearchOptions`.
 
         Raises:
-            UserError: an option is out of range, the model has no tokenizer or no prediction head, or source and
-                target together are longer than its table of positions.
+            UserError: an option is out of range, a source is of another kind, the model has no tokenizer or no
+                prediction head, or source and target together are longer than its table of positions.
         """
         search_options = SearchOptions(**options)
         tokenizer = self._checked_tokenizer(search_options)
-        prepared = [PreparedSource(tokenizer, source, search_options) for source in inputs]
+        prepared = [PreparedSource(tokenizer, source, search_options) for source in _checked_sources(inputs)]
         self._check_positions(prepared, search_options)
         special = SpecialIds(tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -277,6 +292,16 @@ def _embedding_settings(name_or_path: str | Path, folder: Path, cache_dir: str |
     if not Path(name_or_path).exists():
         hub.fetch_optional(name_or_path, SETTINGS_FILES, revision=folder.name, cache_dir=cache_dir)
     return read_settings(folder)
+
+
+def _checked_sources(inputs: Iterable[Source]) -> Iterator[Source]:
+    if isinstance(inputs, str):
+        raise UserError("inputs must be sources, got one string")
+    for number, source in enumerate(inputs):
+        tokens = not isinstance(source, str) and isinstance(source, Sequence)
+        if not isinstance(source, str) and not (tokens and all(isinstance(token, str) for token in source)):
+            raise UserError(f"source {number} must be a string or a list of tokens, got {source!r:.60}")
+        yield source
 
 
 class PreparedSource:
