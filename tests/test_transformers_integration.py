@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ import transformers
 import minilm_fast.integrations.transformers as integration
 from minilm_fast import ops
 
+# The package has the operator under the module's name.
+padded: Any = importlib.import_module("minilm_fast.ops.padded_attention")
 FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Electra")
 SIZES = {
     "vocab_size": 90,
@@ -95,6 +98,24 @@ def test_hidden_states_and_gradients_equal_sdpa(family: str, padding: str, calls
     largest = max(g.abs().max().item() for g in expected_gradients.values())
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tokens_are_found_once_a_pass_and_anew_in_the_next(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the caller changes its own mask in place, which may be bool already."""
+    found: list[int] = []
+    plain = padded._Packing
+    monkeypatch.setattr(padded, "_Packing", lambda *args: (found.append(args[2].sum().item()), plain(*args))[1])
+    ours, theirs = make_models("BertModel", "minilm_fast", "sdpa", is_decoder=causal)
+    inputs = make_inputs("right", ours)
+    mask = inputs["attention_mask"] = inputs["attention_mask"].bool()
+    options = {"use_cache": False} if causal else {}
+    for _ in range(2):
+        outputs = [model(**inputs, **options).last_hidden_state for model in (ours, theirs)]
+        outputs[0][mask].sum().backward()
+        torch.testing.assert_close(outputs[0][mask], outputs[1][mask], rtol=1e-5, atol=1e-5)
+        mask[2, 6:] = False
+    assert found == [47, 40]
 
 
 @pytest.mark.parametrize("padding", ["absent", "right", "left", "holes"])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from minilm_fast import ops
 from minilm_fast.errors import UserError
 from minilm_fast.ops.dropout import draw_seeds
+from minilm_fast.ops.padded_attention import remember_packing
 
 NAME = "minilm_fast"
 OLDEST = 5
@@ -29,6 +30,7 @@ OLDEST = 5
 logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TOKENS = "_minilm_fast_tokens"
 _UNSUPPORTED = ("softcap", "s_aux", "head_mask")
 # What a module of self-attention takes. One that takes more may attend to the states of another sequence.
 _SELF_ATTENTION_ARGUMENTS = {
@@ -103,8 +105,16 @@ def attention_mask(
         if may_skip:
             return None
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    tokens = attention_mask.to(device=device, dtype=torch.bool)
-    return tokens[:, None] if causal else tokens
+    tokens = attention_mask.to(device=device, dtype=torch.bool, copy=True)
+    if torch.compiler.is_compiling():
+        return tokens[:, None] if causal else tokens
+    # A copy that nobody else changes: all layers of this pass may share what is found in it.
+    remember_packing(tokens)
+    if not causal:
+        return tokens
+    column = tokens[:, None]
+    setattr(column, _TOKENS, tokens)
+    return column
 
 
 def attention(
@@ -137,7 +147,7 @@ def attention(
     tokens = attention_mask
     if attention_mask is not None:
         causal = attention_mask.dim() == 3
-        tokens = attention_mask[:, 0] if causal else attention_mask
+        tokens = getattr(attention_mask, _TOKENS, attention_mask[:, 0]) if causal else attention_mask
     reason = _refusal(module, query, key, value, tokens, kwargs)
     if reason is not None:
         _warn_once(reason)

@@ -54,6 +54,27 @@ class _Packing:
         return rows.unflatten(0, self.size)
 
 
+_REMEMBERED = "_minilm_fast_packings"
+
+
+def remember_packing(mask: Tensor) -> None:
+    """Lets the calls that get this very mask find its tokens once.
+
+    Args:
+        mask: bool ``[batch, length]``. Its values must not change any more.
+    """
+    setattr(mask, _REMEMBERED, {})
+
+
+def _packing(q: Tensor, mask: Tensor | None, causal: bool) -> _Packing:
+    known: dict[bool, _Packing] | None = getattr(mask, _REMEMBERED, None)
+    if known is None:
+        return _Packing(q.shape[0], q.shape[1], mask, causal, q.device)
+    if causal not in known:
+        known[causal] = _Packing(q.shape[0], q.shape[1], mask, causal, q.device)
+    return known[causal]
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -64,7 +85,7 @@ def _forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    packing = _Packing(q.shape[0], q.shape[1], mask, causal, q.device)
+    packing = _packing(q, mask, causal)
     q_rows, k_rows, v_rows = (packing.rows(x) for x in (q, k, v))
     out, lse = attention(q_rows, k_rows, v_rows, packing.layout, scale=scale, dropout=dropout, seed=seed)
     kept = lse.new_zeros(lse.shape[0], q.shape[0] * q.shape[1])
@@ -85,7 +106,7 @@ def _backward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packing = _Packing(q.shape[0], q.shape[1], mask, causal, q.device)
+    packing = _packing(q, mask, causal)
     grad_rows, *rows, out_rows = (packing.rows(x) for x in (grad_out, q, k, v, out))
     backend = select("attention", *rows, refusals=_triton.refuse_attention(rows[0]))
     run = {"reference": _reference_backward, "triton": _triton_backward_op}.get(backend, _backward_op)
