@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minilm_fast.errors import Terminated, UserError
 
@@ -42,8 +42,21 @@ MOST_THREADS = 1024
 """More are a slip of the keyboard: the system may not give them, and the process would end without a word."""
 
 
+class _Help(argparse.HelpFormatter):
+    """Says a flag's default where its description does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        unsaid = action.default in (None, False, "", argparse.SUPPRESS) or action.dest == "local_rank"
+        return text if unsaid or "default" in text or "no effect" in text else f"{text} (default: %(default)s)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line and whose help says every default."""
+
+    def __init__(self, **options: Any) -> None:
+        description = options.pop("description", "").replace("``", "")
+        super().__init__(**{"formatter_class": _Help, "description": description, **options})
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"error: {message}\n")

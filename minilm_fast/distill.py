@@ -42,7 +42,12 @@ def layer_list(text: str) -> list[int]:
 
 def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = ArgumentParser(prog="minilm_fast.distill", description=__doc__)
+    parser = ArgumentParser(
+        prog="minilm_fast.distill",
+        description=__doc__,
+        epilog="Without --learning_rate, --num_warmup_steps, --num_training_steps and --gradient_accumulation_steps "
+        "the papers' values are taken: docs/distillation.md.",
+    )
     add = parser.add_argument
     add("--teacher", required=True, help="checkpoint: folder, weights file or hub id")
     add("--output_dir", required=True, type=Path, help="checkpoints ckpt-N go here; a run found here is resumed")
@@ -50,7 +55,7 @@ def build_parser() -> ArgumentParser:
     add("--tokenizer_name", help="vocabulary or tokenizer folder in place of the teacher's own")
     add("--do_lower_case", action="store_true", help="uncased vocabulary, if the teacher does not say so")
     add("--cache_dir", help="where downloads from the hub are kept")
-    add("--save_format", choices=("safetensors", "bin", "both"), default="safetensors")
+    add("--save_format", choices=("safetensors", "bin", "both"), default="safetensors", help="of the weights")
     _add_student_flags(parser)
     _add_loss_flags(parser)
     _add_data_flags(parser)

@@ -43,7 +43,7 @@ def build_parser() -> ArgumentParser:
     add("--cache_dir", help="where downloads from the hub are kept")
     add("--do_lower_case", action="store_true", help="uncased vocabulary")
     add("--fix_word_embedding", action="store_true", help="do not train the word embeddings")
-    add("--label_smoothing", type=float, default=0.1)
+    add("--label_smoothing", type=float, default=0.1, help="probability that is taken from a label for all other words")
     add("--save_format", choices=("safetensors", "bin", "both"), default="both", help="of the weights (new)")
     add_loop_flags(parser)
     _add_data_flags(parser)
@@ -59,8 +59,9 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_max_mask_token", type=natural, default=0, help="most tokens that v1 masks in a target; 0: no limit")
     add("--random_prob", type=float, default=0.1, help="chance that a masked token becomes a random one")
     add("--keep_prob", type=float, default=0.1, help="chance that a masked token stays as it is")
-    add("--source_mask_prob", type=float, default=-1.0)
-    add("--target_mask_prob", type=float, default=0.5)
+    add("--source_mask_prob", type=float, default=-1.0, help="chance that a source token is masked; negative: none")
+    target = "chance (v1: share) of a target token to be masked; v2: to give its place to its pseudo token"
+    add("--target_mask_prob", type=float, default=0.5, help=target)
     add(
         "--cached_train_features_file",
         type=Path,

@@ -1,6 +1,7 @@
 """What all command lines share: quick help, one line for an error, exit statuses, subcommands."""
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -45,6 +46,21 @@ def test_commands_log_under_the_packages_name():
 def test_subcommands(command, run):
     outcome = run(cli.main, command, "--help")
     assert outcome.status == 0 and outcome.out.startswith("usage: ")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_flag_is_described_with_its_default(module):
+    parser = importlib.import_module(module).build_parser()
+    text = " ".join(parser.format_help().split())
+    assert [action.option_strings for action in parser._actions if not action.help] == []
+    for action in parser._actions:
+        if (
+            isinstance(action.default, (int, float))
+            and action.default not in (0, -1)
+            and "no effect" not in action.help
+        ):
+            assert f"{action.default}" in text, action.option_strings
+    assert "``" not in text
 
 
 def test_script_lists_its_commands(run):

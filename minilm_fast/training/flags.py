@@ -161,15 +161,19 @@ def _add_optimiser_flags(parser: argparse.ArgumentParser, family: Family) -> Non
     add = parser.add_argument
     add("--per_gpu_train_batch_size", type=positive_int, default=8, help="examples of one process' forward pass")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes of an optimiser step")
-    add("--learning_rate", type=positive_float, default=5e-5)
-    add("--weight_decay", type=non_negative_float, default=family.weight_decay)
-    add("--adam_epsilon", type=positive_float, default=1e-8)
-    add("--max_grad_norm", type=positive_float, default=1.0)
+    add("--learning_rate", type=positive_float, default=5e-5, help="its peak, from which it falls linearly to 0")
+    decay = "of all weights but biases and LayerNorms"
+    add("--weight_decay", type=non_negative_float, default=family.weight_decay, help=decay)
+    add("--adam_epsilon", type=positive_float, default=1e-8, help="epsilon of AdamW")
+    add("--max_grad_norm", type=positive_float, default=1.0, help="longer gradients are cut to this norm")
     steps = f"optimiser steps; by default {family.epochs[0]} counts"
     add(*family.steps, dest="num_training_steps", type=int, default=-1, metavar="N", help=steps)
-    add(*family.epochs, dest="num_training_epochs", type=family.count, default=family.default_epochs, metavar="N")
-    add(*family.warmup, dest="num_warmup_steps", type=natural, default=0, metavar="N")
-    add("--seed", type=seed, default=42)
+    count, epochs = family.count, family.default_epochs
+    seen = "times that all examples are seen"
+    add(*family.epochs, dest="num_training_epochs", type=count, default=epochs, metavar="N", help=seen)
+    warmup = "steps in which the learning rate rises from 0"
+    add(*family.warmup, dest="num_warmup_steps", type=natural, default=0, metavar="N", help=warmup)
+    add("--seed", type=seed, default=42, help="of all random numbers")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time (new)")
 
 
@@ -177,7 +181,7 @@ def _add_checkpoint_flags(parser: argparse.ArgumentParser, family: Family) -> No
     add = parser.add_argument
     add("--logging_steps", type=positive_int, default=500, help="steps between progress lines (at least one a minute)")
     add("--log_dir", type=Path, help="TensorBoard's files; default: OUTPUT_DIR/runs if TensorBoard is installed")
-    add("--save_steps", type=positive_int, default=family.save_steps)
+    add("--save_steps", type=positive_int, default=family.save_steps, help="steps between checkpoints")
     add("--save_total_limit", type=positive_int, help="keep this many checkpoints beside the best; default: all (new)")
     add("--overwrite_output_dir", action="store_true", help="remove the checkpoints of another run (new)")
     add("--metric_for_best_model", help="measure that decides which checkpoint is best, such as dev_loss (new)")
