@@ -26,7 +26,10 @@ import minilm_fast.ops  # noqa: F401 (defines the schemas)
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
-OPERATORS = ("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "beam_step")
+OPERATORS = (
+    *("attention", "projected_attention"),
+    *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "beam_step"),
+)
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DMINILM_FAST_EMULATE_CUDA"),

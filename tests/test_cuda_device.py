@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attention_cases
 import decode_steps
 import pytest
 import torch
@@ -26,6 +27,40 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _to_device(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+def _attention(case: attention_cases.Batch) -> None:
+    """Forward by the CUDA kernel, backward by Triton, which takes what it left."""
+    options = {"relative_bias": case.relative_bias, "position_ids": case.position_ids, "scale": case.scale}
+
+    def run(name: str) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in case.operands]
+        with backend(name):
+            out, lse = ops.attention(*leaves, case.layout, **options)
+            gradients = torch.autograd.grad(out, leaves, torch.ones_like(out)) if out.numel() else []
+        return [out.detach(), lse, *gradients]
+
+    ours, again, triton = run("cuda"), run("cuda"), run("triton")
+    case.check(*ours[:2])
+    assert all(map(torch.equal, ours, again))
+    for mine, theirs in zip(ours[2:], triton[2:], strict=True):
+        assert (mine - theirs).float().norm() <= 0.02 * theirs.float().norm() + 1e-3
+
+
+@pytest.mark.parametrize("dtype", attention_cases.DTYPES)
+@pytest.mark.parametrize("counts", attention_cases.COUNTS.values(), ids=attention_cases.COUNTS.keys())
+def test_attention_masks(counts: tuple[list[int], ...], dtype: torch.dtype) -> None:
+    _attention(attention_cases.batch(ops.SequenceLayout.from_counts(*counts), 32, dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", attention_cases.DTYPES)
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("bias", [None, 9])
+def test_attention_head_sizes(size: int, dtype: torch.dtype, bias: int | None) -> None:
+    layout = ops.SequenceLayout.from_counts([464, 1, 70], [48, 0, 21], [48, 0, 21])
+    _attention(attention_cases.batch(layout, size, dtype, bias=bias, device="cuda"))
+    few = layout.with_queries([96, 1, 30])
+    _attention(attention_cases.batch(few, size, dtype, bias=bias, device="cuda"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

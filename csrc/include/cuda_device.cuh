@@ -38,6 +38,25 @@ __device__ inline uint32_t pack_pair(float low, float high) {
   return bits;
 }
 
+template <typename T>
+__device__ float to_float(T x);
+template <>
+__device__ inline float to_float<__half>(__half x) {
+  return __half2float(x);
+}
+template <>
+__device__ inline float to_float<__nv_bfloat16>(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+
+// The converse of pack_pair.
+template <typename T>
+__device__ inline float2 unpack_pair(uint32_t bits) {
+  T pair[2];
+  memcpy(pair, &bits, sizeof(bits));
+  return {to_float<T>(pair[0]), to_float<T>(pair[1])};
+}
+
 #ifdef MINILM_FAST_EMULATE_CUDA
 
 }  // namespace minilm_fast::cuda
@@ -106,6 +125,40 @@ __device__ inline void multiply_add<__nv_bfloat16>(float (&sum)[4], const uint32
       "{%0, %1, %2, %3};\n"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same without a sum to add to.
+template <typename T>
+__device__ void multiply(float (&product)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ inline void multiply<__half>(float (&product)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};\n"
+      : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+template <>
+__device__ inline void multiply<__nv_bfloat16>(float (&product)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};\n"
+      : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+// 2^x, wrong by 2^-22 at most (relative); results below 2^-126 are 0.
+__device__ inline float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// NaN if one of the two is, unlike fmaxf.
+__device__ inline float largest_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(y) : "f"(a), "f"(b));
+  return y;
 }
 
 }  // namespace minilm_fast::cuda

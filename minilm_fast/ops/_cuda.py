@@ -6,10 +6,17 @@ here waits for the device, so all of it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
-KERNELS = {"decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "beam_step"}
+TRITON_BACKWARD = {"attention", "projected_attention"}
+"""The operators whose C++ kernel leaves what Triton's backward needs."""
+KERNELS = {
+    *TRITON_BACKWARD,
+    *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "beam_step"),
+}
 """The operators with C++ kernels."""
 COMPOSED = {"pack_weight", "linear", "add_layer_norm", "embed_layer_norm"}
 """The operators put together from others."""
@@ -17,6 +24,15 @@ FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The formats of a packed weight that there are on CUDA: the weight in that dtype."""
 HEAD_SIZES = (32, 64, 128)
 MOST_CANDIDATES = 16
+_LEAST_CAPABILITY = (8, 0)
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _LEAST_CAPABILITY:
+        return None
+    return f"{device} has compute capability {capability[0]}.{capability[1]}, below 8.0"
 
 
 def unusable(operator: str, device: torch.device) -> str | None:
@@ -25,9 +41,11 @@ def unusable(operator: str, device: torch.device) -> str | None:
         return f"{operator} has no cuda implementation yet"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if operator in COMPOSED or torch._C._dispatch_has_kernel_for_dispatch_key(f"minilm_fast::{operator}", "CUDA"):
+    if operator in COMPOSED:
         return None
-    return "the compiled extension was built without CUDA"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minilm_fast::{operator}", "CUDA"):
+        return "the compiled extension was built without CUDA"
+    return _too_old(device)
 
 
 def refuse_format(format: str) -> dict[str, str | None]:
@@ -35,6 +53,15 @@ def refuse_format(format: str) -> dict[str, str | None]:
     if format == "fp16":
         return {"cpu": "the C++ kernels for the CPU have no format fp16"}
     return {"cuda": None if format in FORMATS else f"the format {format} is not fp32, bf16 or fp16"}
+
+
+def refuse_attention(q: torch.Tensor, dropout: float) -> dict[str, str | None]:
+    """Why the CUDA kernel of attention cannot run for these queries."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return {"cuda": f"the tensors are {q.dtype}, not fp16 or bf16"}
+    if q.shape[-1] not in HEAD_SIZES:
+        return {"cuda": f"the head size {q.shape[-1]} is none of 32, 64 and 128"}
+    return {"cuda": "the CUDA kernel has no dropout" if dropout > 0 else None}
 
 
 def refuse_decode(q: torch.Tensor, cache: torch.Tensor) -> dict[str, str | None]:

@@ -21,6 +21,8 @@ from minilm_fast.ops import _cuda, _triton
 from minilm_fast.ops._extension import EXTENSION_ERROR, OUTDATED
 
 PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# On CUDA the Triton kernels of these come first: it has not been measured yet which are faster.
+_TRITON_FIRST = {"attention", "projected_attention"}
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Operators whose C++ kernel has a backward.
 DIFFERENTIABLE = {
@@ -96,7 +98,10 @@ def unusable(name: str, operator: str, device: torch.device, needs_grad: bool = 
         if operator in _cuda.KERNELS and device.type == "cuda" and EXTENSION_ERROR is not None:
             return EXTENSION_ERROR
         if operator in _cuda.KERNELS and needs_grad:
-            return f"the CUDA kernel of {operator} has no backward and a gradient is asked for"
+            if operator not in _cuda.TRITON_BACKWARD:
+                return f"the CUDA kernel of {operator} has no backward and a gradient is asked for"
+            if (reason := _triton.unusable(operator, device)) is not None:
+                return f"a gradient is asked for, which is Triton's, and {reason}"
         return _cuda.unusable(operator, device)
     if device.type != "cpu":
         return f"the tensors are on {device.type}"
@@ -127,7 +132,10 @@ def select(operator: str, *tensors: torch.Tensor | None, refusals: Mapping[str, 
             raise BackendError(f"backend {forced!r} cannot run {operator}: {reason}")
         return forced
     reasons: list[str] = []
-    for name in PRIORITY.get(device.type, ("reference",)):
+    names = PRIORITY.get(device.type, ("reference",))
+    if device.type == "cuda" and operator in _TRITON_FIRST:
+        names = ("triton", "cuda", "reference")
+    for name in names:
         reason = unusable(name, operator, device, needs_grad) or refusals.get(name)
         if reason is None:
             if name == "reference" and reasons and not needs_grad:

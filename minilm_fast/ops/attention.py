@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from minilm_fast.ops import _triton, reference
+from minilm_fast.ops import _cuda, _triton, reference
 from minilm_fast.ops._dispatch import select
 from minilm_fast.ops._library import LIBRARY, define, define_triton
 from minilm_fast.ops.layout import SequenceLayout
@@ -175,6 +175,13 @@ _triton_op, _triton_backward_op, _triton_projected_op, _triton_projected_backwar
     )
 )
 
+# The C++ kernel for CUDA is one of the forward pass; what it leaves is what Triton's of the backward pass want.
+for _name, _operator in (
+    ("attention_backward", _triton_backward_op),
+    ("projected_attention_backward", _triton_projected_backward_op),
+):
+    LIBRARY.impl(_name, _operator, "CUDA")
+
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Keeps all arguments and results: tensors where autograd watches over them, numbers beside."""
@@ -251,7 +258,7 @@ def attention(
     _check(q, k, v, layout, dropout, seed)
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
-    backend = select("attention", q, k, v, relative_bias, refusals=_triton.refuse_attention(q))
+    backend = select("attention", q, k, v, relative_bias, refusals=_refusals(q, dropout))
     run = {"reference": _reference, "triton": _triton_op}.get(backend, _op)
     out, lse = run(q, k, v, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
     return out, lse.detach()
@@ -287,10 +294,14 @@ def projected_attention(
     _check(q, k, v, layout, dropout, seed)
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
-    backend = select("projected_attention", projection, queries, relative_bias, refusals=_triton.refuse_attention(q))
+    backend = select("projected_attention", projection, queries, relative_bias, refusals=_refusals(q, dropout))
     run = {"reference": _reference_projected, "triton": _triton_projected_op}.get(backend, _projected_op)
     out, lse = run(projection, queries, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
     return out, lse.detach()
+
+
+def _refusals(q: torch.Tensor, dropout: float) -> dict[str, str | None]:
+    return _triton.refuse_attention(q) | _cuda.refuse_attention(q, dropout)
 
 
 def _arguments(

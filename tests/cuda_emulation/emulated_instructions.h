@@ -94,4 +94,16 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   emulation::exchange("multiply_add", &own, sizeof(own), sum, sizeof(sum), emulation::multiply_all<T>);
 }
 
+template <typename T>
+void multiply(float (&product)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  for (float& x : product) x = 0.0f;
+  multiply_add<T>(product, a, b0, b1);
+}
+
+inline float exp2_approximate(float x) {
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
+inline float largest_or_nan(float a, float b) { return a != a || b != b ? NAN : fmaxf(a, b); }
+
 }  // namespace minilm_fast::cuda

@@ -1,4 +1,5 @@
 // One translation unit, since what takes time is to read PyTorch's headers.
+#include "../../csrc/cuda/attention.cpp"
 #include "../../csrc/cuda/beam.cpp"
 #include "../../csrc/cuda/decode_attention.cpp"
 #include "../../csrc/cuda/lm_head_topk.cpp"

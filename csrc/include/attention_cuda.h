@@ -1,0 +1,34 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda_dtype.h"
+
+namespace minilm_fast::cuda {
+
+// The forward pass of attention over packed sequences, see minilm_fast/ops/attention.py. Strides are in elements; last
+// dimensions are contiguous, the integers, the bias and the results wholly so. Rows of q, k and v start at multiples of
+// 16 bytes.
+struct Attention {
+  Dtype dtype;  // fp16 or bf16
+  const void *q, *k, *v;
+  void* out;   // [queries, heads, size]
+  float* lse;  // [heads, queries]
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+  const int32_t* cu_seqlens;    // [batch + 1]
+  const int32_t* segments;      // [batch, 3]
+  const int32_t* cu_queries;    // [batch + 1] or null: all rows ask
+  const float* relative_bias;   // [heads, 2 * distance_limit + 1] or null
+  const int32_t* position_ids;  // [tokens] or null, as the bias
+  int32_t distance_limit;
+  int32_t batch, heads, size, max_seqlen;
+  int64_t queries;
+  float scale;
+};
+
+// Head sizes 32, 64 and 128; cudaErrorInvalidValue for others and for fp32.
+cudaError_t launch_attention(const Attention& problem, cudaStream_t stream);
+
+}  // namespace minilm_fast::cuda

@@ -1,0 +1,49 @@
+#pragma once
+
+#include "attention_cuda.h"
+#include "cuda_device.cuh"
+
+namespace minilm_fast::cuda {
+
+// A sequence of a packed batch. Every mask of the family (minilm_fast/ops/layout.py) lets a row see a prefix of the
+// sequence, and a pseudo row itself besides.
+struct Sequence {
+  int first, length;  // tokens
+  int source, end;    // source rows, and those that are not pseudo rows
+  int shift;          // what makes a row of q out of a row of the sequence
+  int first_row;      // that asks
+
+  __device__ Sequence(const Attention& p, int index) {
+    first = p.cu_seqlens[index];
+    length = p.cu_seqlens[index + 1] - first;
+    source = p.segments[3 * index];
+    end = source + p.segments[3 * index + 1];
+    shift = first;
+    first_row = 0;
+    if (p.cu_queries == nullptr) return;
+    shift = p.cu_queries[index + 1] - length;
+    first_row = length - (p.cu_queries[index + 1] - p.cu_queries[index]);
+  }
+
+  // How many of the first columns a row sees.
+  __device__ int prefix(int row) const {
+    if (row < source) return source;
+    return row < end ? row + 1 : min(row - (end - source), end);
+  }
+
+  // The longest and the shortest prefix of the rows [begin, stop). Within each of the three parts they grow.
+  __device__ int longest(int begin, int stop) const {
+    int most = prefix(stop - 1);
+    if (begin < source) most = max(most, prefix(min(stop, source) - 1));
+    if (begin < end) most = max(most, prefix(min(stop, end) - 1));
+    return most;
+  }
+  __device__ int shortest(int begin, int stop) const {
+    int least = prefix(begin);
+    if (begin < source && source < stop) least = min(least, prefix(source));
+    if (begin < end && end < stop) least = min(least, prefix(end));
+    return least;
+  }
+};
+
+}  // namespace minilm_fast::cuda
