@@ -99,6 +99,14 @@ def test_configuration_and_weights_disagree(changes, expected, fails, checkpoint
     assert expected in line and str(checkpoint) in line
 
 
+def test_an_encoder_without_a_head(fails, checkpoint):
+    weights = checkpoint / "pytorch_model.bin"
+    state = {k: v for k, v in torch.load(weights, weights_only=True).items() if not k.startswith("cls.")}
+    torch.save(state, weights)
+    line = fails(*_decode(checkpoint))
+    assert str(weights) in line and "an encoder without a language-model head cannot decode" in line
+
+
 def test_no_configuration(fails, checkpoint):
     (checkpoint / "config.json").unlink()
     assert "configuration" in fails(*_decode(checkpoint))

@@ -47,6 +47,7 @@ class Model:
         self.state = state
         self.tokenizer = tokenizer
         self._embedding: Callable[[], EmbeddingSettings] = EmbeddingSettings
+        self._headless: UserError | None = None
         self._engines: dict[tuple[str, str | None, str], InferenceEngine] = {}
         self._encoders: dict[tuple[str, str | None], PackedEncoder] = {}
 
@@ -92,6 +93,10 @@ class Model:
             )
             checkpoint.check_tokenizer(loaded.config, record, tokenizer)
         model = cls(loaded.config, loaded.state, tokenizer)
+        try:
+            loaded.require_lm_head()
+        except UserError as error:
+            model._headless = error  # to be raised when it is to decode
         model._embedding = partial(_embedding_settings, name_or_path, found.weights.parent, cache_dir)
         return model
 
@@ -123,7 +128,10 @@ class Model:
         """
         key = (*self._packed_as(dtype, device), device)
         if key not in self._engines:
-            self._engines[key] = InferenceEngine(self.config, self.state, dtype, device)
+            try:
+                self._engines[key] = InferenceEngine(self.config, self.state, dtype, device)
+            except UserError as error:
+                raise self._headless or error from None
         return self._engines[key]
 
     def encoder(self, dtype: str = "fp32") -> PackedEncoder:
