@@ -152,7 +152,7 @@ class Benchmark:
             )  # fmt: skip
 
     def _contestants(self) -> list[tuple[str, str]]:
-        """Names and dtypes in the order in which a round runs them; the first, fp32 if any is, is the reference."""
+        """Names and dtypes in the order in which a round runs them; the first, if in fp32, is the reference."""
         names = [*self.options.peers, OURS]
         dtypes = [dtype for dtype in DTYPES if dtype in self.options.dtypes]
         return [(name, dtype) for dtype in dtypes for name in names if dtype in offered(name)]
@@ -163,6 +163,8 @@ class Benchmark:
         left_out = dict(self.prepared["left_out"])
         peaks = []
         with contextlib.ExitStack() as stack:
+            if "fp32" not in self.options.dtypes:
+                self._write_reference(folder, threads, cores)
             peak = stack.enter_context(Worker("peak", threads, SCRIPT))
             for name, dtype in self._contestants():
                 job = EncoderJob(Path(self.prepared["model"]), folder, dtype, threads, self.options.settle)
@@ -183,6 +185,13 @@ class Benchmark:
             "left_out": left_out,
         }
 
+    def _write_reference(self, folder: Path, threads: int, cores: list[int]) -> None:
+        """The embeddings that all others are compared with, where no system is measured in fp32."""
+        job = EncoderJob(Path(self.prepared["model"]), folder, "fp32", threads, self.options.settle)
+        with Worker(f"{OURS} fp32", threads, SCRIPT) as worker:
+            worker.ask("build", name=OURS, job=job.to_json(), cores=cores)
+            worker.ask("check", reference=str(_reference(job)), write=True)
+
     def _start(
         self, stack: contextlib.ExitStack, systems: list[Contestant], left_out: dict[str, str], name: str,
         job: EncoderJob, cores: list[int],
@@ -195,7 +204,7 @@ class Benchmark:
         worker = stack.enter_context(Worker(label, job.threads, SCRIPT))
         try:
             built = worker.ask("build", name=name, job=job.to_json(), cores=cores)
-            reference = job.folder / f"reference-{job.threads}.npz"
+            reference = _reference(job)
             agreement = worker.ask("check", reference=str(reference), write=not reference.exists())["agreement"]
             wrong = _disagreement(job.dtype, agreement)
             if wrong:
@@ -220,6 +229,10 @@ class Benchmark:
             "rounds": options.rounds,
             "runs": self.runs,
         }
+
+
+def _reference(job: EncoderJob) -> Path:
+    return job.folder / f"reference-{job.threads}.npz"
 
 
 def _disagreement(dtype: str, agreement: dict[str, dict[str, float]]) -> str:

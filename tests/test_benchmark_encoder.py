@@ -58,6 +58,16 @@ def test_a_run_measures_checks_and_reports(tmp_path: Path) -> None:
     assert "**minilm_fast fp32**" in written
 
 
+def test_int8_alone_is_compared_with_fp32(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    saved = tmp_path / "run.json"
+    done = run("encoder.py", *SIZES, "--peers", "", "--dtypes", "int8", "--rounds", "1", "--json", str(saved))
+    assert done.returncode == 0, done.stderr
+    (system,) = json.loads(saved.read_text(encoding="utf-8"))["runs"][0]["systems"]
+    assert system["dtype"] == "int8"
+    assert all(0.9 < found["least_cosine"] < 1 - 1e-6 for found in system["agreement"].values())
+
+
 def test_what_computes_something_else_is_left_out() -> None:
     def agreement(difference: float, cosine: float) -> dict[str, dict[str, float]]:
         return {"a case": {"difference": difference, "mean_cosine": cosine, "least_cosine": cosine - 0.3}}
