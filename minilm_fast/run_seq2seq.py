@@ -41,7 +41,7 @@ def build_parser() -> ArgumentParser:
     add("--config_name", help="configuration file in place of the checkpoint's own")
     add("--tokenizer_name", help="vocabulary or tokenizer folder in place of the checkpoint's own")
     add("--cache_dir", help="where downloads from the hub are kept")
-    add("--do_lower_case", action="store_true", help="uncased vocabulary")
+    add("--do_lower_case", action="store_true", help="uncased vocabulary, if the checkpoint does not say so")
     add("--fix_word_embedding", action="store_true", help="do not train the word embeddings")
     add("--label_smoothing", type=float, default=0.1, help="probability that is taken from a label for all other words")
     add("--save_format", choices=("safetensors", "bin", "both"), default="both", help="of the weights (new)")
@@ -113,16 +113,20 @@ def _tokenizer_and_weights(args: argparse.Namespace) -> tuple[Tokenizer, Resolve
     if resolved.tokenizer is None:
         raise UserError(f"{args.model_name_or_path} holds no vocabulary: give --tokenizer_name")
     tokenizer = Tokenizer.from_pretrained(
-        resolved.tokenizer, model_type=args.model_type, do_lower_case=args.do_lower_case, cache_dir=args.cache_dir
+        resolved.tokenizer,
+        model_type=args.model_type,
+        do_lower_case=args.do_lower_case or None,
+        cache_dir=args.cache_dir,
     )
     return tokenizer, resolved
 
 
-def _load_model(args: argparse.Namespace, resolved: Resolved) -> Seq2SeqModel:
+def _load_model(args: argparse.Namespace, resolved: Resolved, tokenizer: Tokenizer) -> Seq2SeqModel:
     from minilm_fast import checkpoint
     from minilm_fast.modeling.seq2seq import Seq2SeqModel
 
     loaded = checkpoint.load(resolved.weights, config=resolved.config, model_type=args.model_type, for_training=True)
+    checkpoint.check_tokenizer(loaded.config, loaded.tokenizer_record, tokenizer)
     positions = args.max_source_seq_length + args.max_target_seq_length
     config = loaded.config.replace(
         label_smoothing=args.label_smoothing,
@@ -246,10 +250,8 @@ def make_trainer(args: argparse.Namespace, world: World | None = None) -> Traine
     world = world or World({}, cuda=not args.no_cuda)
     torch.manual_seed(args.seed)
     tokenizer, resolved = _tokenizer_and_weights(args)
-    model = _load_model(args, resolved)
+    model = _load_model(args, resolved, tokenizer)
     special = special_ids(tokenizer)
-    if special.vocab_size > model.config.vocab_size:
-        raise UserError(f"the vocabulary has {special.vocab_size} entries, the checkpoint {model.config.vocab_size}")
     dev = _dev_examples(args)
     generation = _generation(args, dev)
     features = _train_features(args, tokenizer, world)

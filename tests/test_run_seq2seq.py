@@ -50,6 +50,30 @@ def test_wrong_flags_are_one_line(
     assert not list((tmp_path / "out").glob("ckpt-*"))
 
 
+@pytest.mark.parametrize(
+    ("recorded", "given", "lower"), [(True, False, True), (False, False, False), (None, True, True)]
+)
+def test_case_of_the_vocabulary(
+    tmp_path: Path, recorded: bool | None, given: bool, lower: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the checkpoint says, if it does: a cased tokenizer would find only ``[UNK]`` in an uncased vocabulary."""
+    model = copy_model(tmp_path / "model")
+    if recorded is not None:
+        (model / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": recorded}))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"src": "GOTA", "tgt": "gota"}) + "\n")
+    flags = arguments(tmp_path, model, **{**RUN, "num_training_steps": 1})
+    if not given:
+        flags.remove("--do_lower_case")
+    assert run_seq2seq.main(flags) == 0
+    assert ("0 of 2 tokens are unknown" in capsys.readouterr().err) == lower
+    settings = json.loads((tmp_path / "out" / "ckpt-1" / "tokenizer_config.json").read_text())
+    assert settings["do_lower_case"] is lower
+    # What it has saved says what it needs, whatever the flag.
+    flags[flags.index("--model_name_or_path") + 1] = str(tmp_path / "out" / "ckpt-1")
+    flags[flags.index("--output_dir") + 1] = str(tmp_path / "next")
+    assert run_seq2seq.main([flag for flag in flags if flag != "--do_lower_case"]) == 0
+
+
 @pytest.mark.parametrize("most", [1, 7, 20, 39, 40, 100])
 def test_dev_examples_are_spread_over_the_file(tmp_path: Path, most: int) -> None:
     dev = tmp_path / "dev.jsonl"

@@ -441,7 +441,7 @@ def test_a_vocabulary_larger_than_the_models(run: Any, place: Path, tmp_path: Pa
     words = (place / "model" / "vocab.txt").read_text().splitlines()
     (tmp_path / "vocab.txt").write_text("\n".join([*words, *(f"word{i}" for i in range(500))]) + "\n")
     status, err = run(tokenizer_name=tmp_path / "vocab.txt")
-    assert status == 2 and "entries, the checkpoint" in err.splitlines()[-1]
+    assert status == 2 and "this is another model's vocabulary" in err.splitlines()[-1]
 
 
 def test_a_finished_run_is_left_alone(finished: Path, run: Any, tmp_path: Path) -> None:
