@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from minilm_fast.errors import Terminated, UserError
+from minilm_fast.errors import Terminated, UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from minilm_fast.training.distributed import World
@@ -88,7 +88,7 @@ def guarded(run: Callable[[], None], hint: Callable[[], str] = str, batch_flag: 
                 raise
             return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}{hint()}", USAGE_ERROR)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return _fail(f"not enough memory; a lower {batch_flag} needs less{hint()}", USAGE_ERROR)
     return 0
@@ -197,11 +197,6 @@ def _fail(message: str, status: int) -> int:
     rank = os.environ.get("RANK", "0")
     say("error", message if rank == "0" else f"process {rank}: {message}")
     return status
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    signs = ("not enough memory", "can't allocate memory", "CUDA out of memory")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 @contextlib.contextmanager

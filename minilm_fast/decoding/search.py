@@ -17,6 +17,7 @@ from minilm_fast import ops
 from minilm_fast.decoding.options import SearchOptions
 from minilm_fast.decoding.pooled import PooledSearch
 from minilm_fast.decoding.result import Hypothesis, Trace
+from minilm_fast.errors import enough_memory
 from minilm_fast.modeling.inference import DecodeCache, InferenceEngine
 
 # Room for the rounding of a log-probability above 0, per remaining step, so that the early exit stays exact.
@@ -139,9 +140,16 @@ class BeamSearch:
         """Decodes sources (ids with their special tokens) and yields ``(index, winner)`` as they finish.
 
         The longest are read first; the order of the results is that of their finishing.
+
+        Raises:
+            NotEnoughMemory: for so many examples side by side. The search can be used again.
         """
         if not sources:
             return
+        with enough_memory("a lower --batch_size or --beam_size needs less"):
+            yield from self._run(sources)
+
+    def _run(self, sources: Sequence[Sequence[int]]) -> Iterator[tuple[int, Hypothesis]]:
         options = self.options
         waiting = deque(sorted(range(len(sources)), key=lambda i: -len(sources[i])))
         slots = min(options.batch_size, len(sources))

@@ -27,8 +27,21 @@ MOST_CANDIDATES = 16
 _LEAST_CAPABILITY = (8, 0)
 
 
+# What does not change while a process runs is a constant to torch.compile, which cannot look into these functions.
+@torch.compiler.assume_constant_result
 @cache
-def _too_old(device: torch.device) -> str | None:
+def registered(operator: str, key: str) -> bool:
+    """Whether an operator has a kernel of its own under a dispatch key, ``"CPU"`` or ``"CUDA"``.
+
+    Asked for after the extension has been loaded.
+    """
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"minilm_fast::{operator}", key)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def too_old(device: torch.device) -> str | None:
+    """Why the kernels for GPUs cannot run on a CUDA device; None if they can."""
     capability = torch.cuda.get_device_capability(device)
     if capability >= _LEAST_CAPABILITY:
         return None
@@ -43,9 +56,9 @@ def unusable(operator: str, device: torch.device) -> str | None:
         return f"the tensors are on {device.type}"
     if operator in COMPOSED:
         return None
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minilm_fast::{operator}", "CUDA"):
+    if not registered(operator, "CUDA"):
         return "the compiled extension was built without CUDA"
-    return _too_old(device)
+    return too_old(device)
 
 
 def refuse_format(format: str) -> dict[str, str | None]:

@@ -8,7 +8,6 @@ in the error when a backend is forced that cannot run, and in the one warning wh
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 import warnings
@@ -82,12 +81,6 @@ def backend(name: str | None) -> Iterator[None]:
         _local.backend, _default_backend = before, default
 
 
-@functools.cache
-def _compiled(operator: str) -> bool:
-    """Whether the extension, which is loaded by now, has a kernel for the CPU."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"minilm_fast::{operator}", "CPU")
-
-
 def unusable(name: str, operator: str, device: torch.device, needs_grad: bool = False) -> str | None:
     """Why a backend cannot run an operator on tensors of a device; None if it can."""
     if name == "reference":
@@ -107,7 +100,7 @@ def unusable(name: str, operator: str, device: torch.device, needs_grad: bool = 
         return f"the tensors are on {device.type}"
     if EXTENSION_ERROR is not None:
         return EXTENSION_ERROR
-    if not _compiled(operator):
+    if not _cuda.registered(operator, "CPU"):
         return f"the compiled extension was built from sources that lack {operator}"
     if needs_grad and operator not in DIFFERENTIABLE:
         return f"the C++ kernel of {operator} has no backward and a gradient is asked for"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_fast.errors import UserError
+from minilm_fast.errors import NotEnoughMemory, UserError, enough_memory
 from minilm_fast.training import checkpointing
 from minilm_fast.training.checkpointing import RunFolder, checkpoint_folder
 from minilm_fast.training.distributed import World
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 # The scale of the loss halves with every skipped step: after so many in a row it is of no use any more.
 MOST_SKIPPED_IN_A_ROW = 40
+MEMORY_ADVICE = (
+    "a lower --per_gpu_train_batch_size needs less, with more --gradient_accumulation_steps for the same steps"
+)
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,15 @@ class Trainer:
 
         Raises:
             UserError: the loss or a gradient is not finite, in any process; nothing has been updated.
+            NotEnoughMemory: for a forward or backward pass; nothing has been updated, no gradient is left.
         """
         data = self.task.step_data(self.step)
-        with self.world.watching():
-            results = self._accumulate(data)
+        try:
+            with self.world.watching(), enough_memory(MEMORY_ADVICE):
+                results = self._accumulate(data)
+        except NotEnoughMemory:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
         parts, signal = self._agree(data, results, received())
         norm = self.precision.clip(self.optimizer, self.task.module, self.options.max_grad_norm)
         skipped = self._check(parts["loss"], norm)
