@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from minilm_fast import backend
 from minilm_fast.config import Config
 from minilm_fast.data.batching import PackedBatch, collate
 from minilm_fast.data.masking import Sample
@@ -61,6 +62,22 @@ def test_encoding_is_one_graph(changes: dict[str, object]) -> None:
     with torch.no_grad():
         expected = encoder(batch.input_ids, batch.position_ids, batch.layout)
         assert torch.equal(compiled(batch.input_ids, batch.position_ids, batch.layout), expected)
+
+
+def test_encoding_by_triton_is_one_graph() -> None:
+    """Interpreted; on a GPU the same choice of kernels is traced."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, which Triton compiles for")
+    encoder, batch = small_model(0.0).bert.eval(), small_batch()
+
+    def encode() -> torch.Tensor:
+        with torch.no_grad(), backend("triton"):
+            return encoder(batch.input_ids, batch.position_ids, batch.layout)
+
+    expected = encode()
+    encoder.compile(fullgraph=True, backend=COMPILER)
+    assert torch.equal(encode(), expected)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

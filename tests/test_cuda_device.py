@@ -7,14 +7,17 @@ from typing import Any
 import attention_cases
 import decode_steps
 import pytest
+import test_compile
 import torch
 from decode_steps import Shape
 from kernel_checks import assert_accurate
+from operator_calls import decoding_calls, training_calls
 from test_pooled_search import SPECIAL, random_sources, small_model
 
 from minilm_fast import backend, ops
 from minilm_fast.decoding.options import SearchOptions
 from minilm_fast.decoding.search import BeamSearch
+from minilm_fast.errors import NotEnoughMemory
 from minilm_fast.modeling.inference import InferenceEngine
 from minilm_fast.ops import reference
 
@@ -153,3 +156,46 @@ def test_decoding_gives_the_answers_of_the_cpu(options: dict[str, object]) -> No
     assert {index: hypothesis.ids for index, hypothesis in found.items()} == {i: h.ids for i, h in plain.items()}
     for index, hypothesis in plain.items():
         assert found[index].score == pytest.approx(hypothesis.score, abs=1e-3)
+
+
+def test_operators_of_decoding_small() -> None:
+    for name, arguments in decoding_calls("cuda"):
+        torch.library.opcheck(getattr(torch.ops.minilm_fast, name).default, arguments)
+
+
+def test_operators_of_training() -> None:
+    for name, arguments in training_calls("triton_", "cuda"):
+        torch.library.opcheck(getattr(torch.ops.minilm_fast, name).default, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_training_step_is_one_graph(compiler: str) -> None:
+    model, batch = test_compile.small_model(0.1).cuda().train(), test_compile.small_batch().to("cuda")
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    expected, found = (test_compile.gradients(model, run, batch) for run in (model, compiled))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_encoding_is_one_graph() -> None:
+    encoder, batch = test_compile.small_model(0.0).bert.cuda().eval(), test_compile.small_batch().to("cuda")
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = encoder(batch.input_ids, batch.position_ids, batch.layout)
+        torch.testing.assert_close(compiled(batch.input_ids, batch.position_ids, batch.layout), expected)
+
+
+def test_a_search_that_finds_no_memory_can_be_used_again() -> None:
+    config, state = small_model()
+    search = BeamSearch(
+        InferenceEngine(config, state, device="cuda"), SearchOptions(batch_size=4, max_tgt_length=12), SPECIAL
+    )
+    sources = random_sources()
+    expected = dict(search.run(sources))
+    # Keys and values of a source take 1 KiB a token: 64 KiB times the slots, which is more than there is.
+    count = (torch.cuda.get_device_properties(0).total_memory >> 16) + 1
+    many = SearchOptions(batch_size=count, max_tgt_length=12)
+    greedy = BeamSearch(search.engine, many, SPECIAL)
+    with pytest.raises(NotEnoughMemory, match="--batch_size"):
+        dict(greedy.run([[5] * 64] * count))
+    assert dict(search.run(sources)) == expected

@@ -50,11 +50,18 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"minilm_fast.kernels.{name}")
 
 
+# Constants to torch.compile, which cannot look into them.
+@torch.compiler.assume_constant_result
 @cache
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def unusable(operator: str, device: torch.device) -> str | None:
@@ -66,7 +73,7 @@ def unusable(operator: str, device: torch.device) -> str | None:
             return "the tensors are on cpu, for which Triton has only its interpreter (TRITON_INTERPRET=1)"
     elif device.type != "cuda":
         return f"the tensors are on {device.type}"
-    elif (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
+    elif (capability := _capability(device.index or 0)) < _LEAST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}, below 8.0"
     return _missing()
 
