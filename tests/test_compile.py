@@ -64,6 +64,7 @@ def test_encoding_is_one_graph(changes: dict[str, object]) -> None:
         assert torch.equal(compiled(batch.input_ids, batch.position_ids, batch.layout), expected)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_encoding_by_triton_is_one_graph() -> None:
     """Interpreted; on a GPU the same choice of kernels is traced."""
     pytest.importorskip("triton")

@@ -158,7 +158,7 @@ def test_decoding_gives_the_answers_of_the_cpu(options: dict[str, object]) -> No
         assert found[index].score == pytest.approx(hypothesis.score, abs=1e-3)
 
 
-def test_operators_of_decoding_small() -> None:
+def test_operators_of_decoding() -> None:
     for name, arguments in decoding_calls("cuda"):
         torch.library.opcheck(getattr(torch.ops.minilm_fast, name).default, arguments)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from operator_calls import decoding_calls, training_calls
 
@@ -10,7 +9,7 @@ from minilm_fast.ops import _cuda, _triton
 
 
 def test_every_operator_is_called() -> None:
-    assert {name for name, _ in decoding_calls("cpu")} == _cuda.KERNELS
+    assert {name for name, _ in decoding_calls("cpu")} == _cuda.KERNELS - _cuda.TRITON_BACKWARD
     names = {name for name, _ in training_calls("", "cpu")}
     assert names == {name + suffix for name in _triton.OPERATORS for suffix in ("", "_backward")}
 
@@ -20,11 +19,6 @@ def test_operators_of_decoding() -> None:
         torch.library.opcheck(getattr(torch.ops.minilm_fast, name).default, arguments)
 
 
-@pytest.mark.parametrize("prefix", ["", "triton_"])
-def test_operators_of_training(prefix: str) -> None:
-    if prefix:
-        pytest.importorskip("triton")
-        if torch.cuda.is_available():
-            pytest.skip("there is a GPU, which Triton compiles for")
-    for name, arguments in training_calls(prefix, "cpu"):
+def test_operators_of_training() -> None:
+    for name, arguments in training_calls("", "cpu"):
         torch.library.opcheck(getattr(torch.ops.minilm_fast, name).default, arguments)

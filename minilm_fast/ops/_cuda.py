@@ -6,10 +6,10 @@ here waits for the device, so all of it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
+
+from minilm_fast.ops._compile import constant
 
 TRITON_BACKWARD = {"attention", "projected_attention"}
 """The operators whose C++ kernel leaves what Triton's backward needs."""
@@ -27,9 +27,7 @@ MOST_CANDIDATES = 16
 _LEAST_CAPABILITY = (8, 0)
 
 
-# What does not change while a process runs is a constant to torch.compile, which cannot look into these functions.
-@torch.compiler.assume_constant_result
-@cache
+@constant
 def registered(operator: str, key: str) -> bool:
     """Whether an operator has a kernel of its own under a dispatch key, ``"CPU"`` or ``"CUDA"``.
 
@@ -38,8 +36,7 @@ def registered(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"minilm_fast::{operator}", key)
 
 
-@torch.compiler.assume_constant_result
-@cache
+@constant
 def too_old(device: torch.device) -> str | None:
     """Why the kernels for GPUs cannot run on a CUDA device; None if they can."""
     capability = torch.cuda.get_device_capability(device)

@@ -17,6 +17,8 @@ from types import ModuleType
 import torch
 
 import minilm_fast
+from minilm_fast.ops._compile import constant
+from minilm_fast.ops._cuda import too_old
 
 OPERATORS = (
     "attention",
@@ -29,7 +31,6 @@ OPERATORS = (
 """The operators that have Triton kernels."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HEAD_SIZES = (32, 64, 128)
-_LEAST_CAPABILITY = (8, 0)
 
 
 @cache
@@ -50,18 +51,11 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"minilm_fast.kernels.{name}")
 
 
-# Constants to torch.compile, which cannot look into them.
-@torch.compiler.assume_constant_result
-@cache
+@constant
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 def unusable(operator: str, device: torch.device) -> str | None:
@@ -73,8 +67,8 @@ def unusable(operator: str, device: torch.device) -> str | None:
             return "the tensors are on cpu, for which Triton has only its interpreter (TRITON_INTERPRET=1)"
     elif device.type != "cuda":
         return f"the tensors are on {device.type}"
-    elif (capability := _capability(device.index or 0)) < _LEAST_CAPABILITY:
-        return f"{device} has compute capability {capability[0]}.{capability[1]}, below 8.0"
+    elif (reason := too_old(device)) is not None:
+        return reason
     return _missing()
 
 
