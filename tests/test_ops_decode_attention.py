@@ -50,10 +50,41 @@ def test_beams_and_rows(isa: str, cache: torch.dtype, beams: int, rows: int) -> 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("cache", DTYPES)
-def test_several_blocks_of_keys(isa: str, cache: torch.dtype) -> None:
-    shape = Shape(lengths=(1100, 512, 513), steps=(200, 0, 130), beams=6, source=1104, history=201, bias=900)
+@pytest.mark.parametrize("bias", [None, 900])
+def test_several_blocks_of_keys(isa: str, cache: torch.dtype, bias: int | None) -> None:
+    shape = Shape(lengths=(1100, 512, 513), steps=(200, 0, 130), beams=6, source=1104, history=201, bias=bias)
     with instruction_set(isa):
-        _check(_arguments(shape, cache=cache))
+        _check(_arguments(shape, torch.float32 if bias else cache, cache))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [32, 96])
+@pytest.mark.parametrize("beams", [1, 3, 8, 13])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_bf16_without_bias(isa: str, size: int, beams: int, rows: int) -> None:
+    """What matrix tiles take: sources and histories of any length, capacities of an odd number of half blocks."""
+    shape = Shape(
+        lengths=(0, 1, 31, 32, 33, 80),
+        steps=(0, 40, 3, 0, 1, 17),
+        beams=beams,
+        rows=rows,
+        size=size,
+        source=80,
+        history=41,
+    )
+    arguments = _arguments(shape, torch.bfloat16, torch.bfloat16)
+    with instruction_set(isa):
+        _check(arguments)
+        with threads(1):
+            together = ops.decode_attention(**_copy(arguments))
+        with threads(3):
+            assert torch.equal(together, ops.decode_attention(**_copy(arguments)))
+        part = _copy(arguments)
+        for name in ("q", "k", "v"):
+            part[name] = part[name].unflatten(0, (6, -1))[[4, 1]].flatten(0, 1)
+        for name in ("ancestry", "slots", "steps"):
+            part[name] = part[name][[4, 1]].contiguous()
+        assert torch.equal(ops.decode_attention(**part), together.unflatten(0, (6, -1))[[4, 1]].flatten(0, 1))
 
 
 @given(

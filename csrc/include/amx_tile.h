@@ -54,7 +54,7 @@ inline void pack_rows(Rows rows, int64_t count, int64_t size, uint32_t* tiles) {
       _mm512_storeu_si512(tiles + i * kTileSide, _mm512_maskz_loadu_epi16(mask, rows(i) + d));
       __builtin_prefetch(rows(i + kTileSide) + d);
     }
-    std::memset(tiles + count * kTileSide, 0, (kTileSide - count) * kTileLine);
+    for (int64_t i = count; i < kTileSide; ++i) _mm512_storeu_si512(tiles + i * kTileSide, _mm512_setzero_si512());
   }
 }
 
