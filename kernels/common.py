@@ -8,6 +8,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Arguments that differ from call to call: none of their values is worth a kernel of its own.
+UNSPECIALIZED = ["queries", "low", "high", "threshold"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -238,3 +240,29 @@ def tile_of(index, a, a_end, b, b_end, c, c_end, ROWS: tl.constexpr):
         start = c + (index - of_a - of_b) * ROWS
         stop = c_end
     return start, stop
+
+
+@triton.jit
+def attended_sequence(cu_seqlens, segments, cu_queries):
+    """Of this program's sequence: first token, length, source, target, the row of q that its row 0 has or would have,
+    and its first row that asks."""
+    index = tl.program_id(2)
+    first = tl.load(cu_seqlens + index)
+    length = tl.load(cu_seqlens + index + 1) - first
+    source = tl.load(segments + 3 * index)
+    target = tl.load(segments + 3 * index + 1)
+    shift = first
+    row_begin = length - length
+    if cu_queries is not None:
+        end = tl.load(cu_queries + index + 1)
+        shift = end - length
+        row_begin = length - (end - tl.load(cu_queries + index))
+    return first, length, source, target, shift, row_begin
+
+
+@triton.jit
+def distance_bias(relative_bias, head, limit, row_position, column_position):
+    """The bias of ``[rows, columns]`` in units of powers of two."""
+    distance = column_position[None, :] - row_position[:, None]
+    index = tl.minimum(tl.maximum(distance, -limit), limit) + limit
+    return tl.load(relative_bias + head * (2 * limit + 1) + index) * LOG2E

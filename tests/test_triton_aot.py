@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 KERNELS = {
     *("_gelu_forward", "_gelu_backward", "_norm_forward", "_norm_backward"),
-    *("_attention_forward", "_attention_delta", "_attention_backward_rows", "_attention_backward_columns"),
+    *("_attention_forward", "attention_delta", "attention_backward_rows", "attention_backward_columns"),
     *("_loss_rows", "_loss_gradient"),
     *("_relation_kl_forward", "_relation_kl_backward_rows", "_relation_kl_backward_columns"),
 }
