@@ -222,6 +222,23 @@ def test_the_file_is_rebuilt_when_it_is_stale(tokenizer: Tokenizer, tmp_path: Pa
     assert cache.read_text() == "my thesis"
 
 
+def test_a_damaged_byte_is_found(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Wherever it is: what is read afterwards is the corpus."""
+    path, cache = _text(tmp_path / "a.txt", "a b c\n\nd e\n" * 20), tmp_path / "a.arrow"
+    corpus = FileCorpus([path])
+    build_corpus(corpus, tokenizer, cache)
+    content, digest = cache.read_bytes(), TokenisedCorpus(cache).digest
+    tokens = TokenisedCorpus(cache).slice(0, 100).tolist()
+    rebuilt = 0
+    for place in range(len(b"ARROW1"), len(content), 29):
+        cache.write_bytes(content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :])
+        rebuilt += build_corpus(corpus, tokenizer, cache)
+        found = TokenisedCorpus(cache)
+        assert found.digest == digest and found.is_whole() and found.slice(0, 100).tolist() == tokens
+    # The other bytes are padding of the format, and copies of what is read elsewhere.
+    assert rebuilt > len(content) / 29 / 3
+
+
 def test_a_build_that_fails_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
     cache = tmp_path / "a.arrow"
     for content, message in (

@@ -41,7 +41,10 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Neighbouring pieces of documents: their ids one after the other, where each ends, and which end a document."""
+    """Neighbouring pieces of documents: their ids one after the other, where each ends, and which end a document.
+
+    ``unknown`` of the tokens are not in the vocabulary, where that is counted.
+    """
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -94,7 +97,8 @@ def build_corpus(corpus: Corpus, tokenizer: Tokenizer, cache_file: str | Path, *
     """Make sure that ``cache_file`` holds the tokens of the corpus as it is now; one line says why it is rebuilt.
 
     The corpus is read as a stream, so neither it nor a document need fit in memory. The file appears when it is
-    whole. Whether a file of the corpus has changed is told by its size and time.
+    whole. Whether a file of the corpus has changed is told by its size and time, whether the tokens are whole by a
+    checksum.
 
     Args:
         num_proc: processes that tokenise; the result does not depend on it.
@@ -156,7 +160,9 @@ def _problem(target: Path, identity: dict[str, Any]) -> str | None:
     if found.identity.get("tokenizer") != identity["tokenizer"]:
         return "was made with another vocabulary or case"
     # As it comes back from JSON.
-    return None if found.identity == json.loads(json.dumps(identity)) else "was made from other text"
+    if found.identity != json.loads(json.dumps(identity)):
+        return "was made from other text"
+    return None if found.is_whole() else "is damaged"
 
 
 def _write(stream: Any, corpus: Corpus, tokenizer: Tokenizer, identity: dict[str, Any], num_proc: int) -> TokenCounts:
@@ -169,8 +175,7 @@ def _write(stream: Any, corpus: Corpus, tokenizer: Tokenizer, identity: dict[str
     with pyarrow.ipc.new_file(stream, schema) as writer:
         for chunk in chunks:
             counts += TokenCounts(len(chunk.ids), chunk.unknown)
-            for part in (chunk.ids, chunk.offsets, chunk.ends):
-                digest.update(part.tobytes())
+            _add_to(digest, chunk)
             lists = pyarrow.ListArray.from_arrays(chunk.offsets, chunk.ids)
             writer.write_batch(pyarrow.record_batch([lists, pyarrow.array(chunk.ends)], schema=schema))
         if not counts.tokens:
@@ -180,6 +185,20 @@ def _write(stream: Any, corpus: Corpus, tokenizer: Tokenizer, identity: dict[str
         empty = pyarrow.record_batch([pyarrow.array([], type=kind) for _, kind in columns], schema=schema)
         writer.write_batch(empty, custom_metadata={_SUMMARY: json.dumps(summary).encode()})
     return counts
+
+
+def _mapped_chunk(batch: Any) -> _Chunk:
+    # Lengths that a damaged file claims may lead beyond its end, where reading would end the process.
+    batch.validate(full=True)
+    column = batch.column(0)
+    return _Chunk(
+        column.values.to_numpy(), column.offsets.to_numpy(), batch.column(1).to_numpy(zero_copy_only=False), unknown=0
+    )
+
+
+def _add_to(digest: Any, chunk: _Chunk) -> None:
+    for part in (chunk.ids, chunk.offsets, chunk.ends):
+        digest.update(np.ascontiguousarray(part))
 
 
 class TokenisedCorpus:
@@ -205,18 +224,22 @@ class TokenisedCorpus:
             self.identity = json.loads(reader.schema.metadata[_IDENTITY])
             last = reader.num_record_batches - 1
             summary = json.loads(reader.get_batch_with_custom_metadata(last).custom_metadata[_SUMMARY])
-            batches = [reader.get_batch(i) for i in range(last)]
-        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+            self.digest: str = summary["sha256"]
+            self.tokens: int = summary["tokens"]
+            self._chunks = [_mapped_chunk(reader.get_batch(i)) for i in range(last)]
+            self._starts = [0, *itertools.accumulate(len(chunk.ids) for chunk in self._chunks)]
+            pieces = np.concatenate([np.diff(chunk.offsets) for chunk in self._chunks]).astype(np.int64)
+            self.lengths = _document_lengths(pieces, np.concatenate([chunk.ends for chunk in self._chunks]))
+        except Exception as error:  # on damaged bytes the reader raises whatever it runs into
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{self.path}: no tokenised corpus: {reason}") from None
-        self.digest: str = summary["sha256"]
-        self.tokens: int = summary["tokens"]
-        lists = [batch.column(0) for batch in batches]
-        self._ids = [column.values.to_numpy() for column in lists]
-        self._starts = [0, *itertools.accumulate(len(ids) for ids in self._ids)]
-        pieces = np.concatenate([np.diff(column.offsets.to_numpy()) for column in lists]).astype(np.int64)
-        ends = np.concatenate([batch.column(1).to_numpy(zero_copy_only=False) for batch in batches])
-        self.lengths = _document_lengths(pieces, ends)
+
+    def is_whole(self) -> bool:
+        """Whether all tokens are as they were written; reads the whole file."""
+        digest = hashlib.sha256()
+        for chunk in self._chunks:
+            _add_to(digest, chunk)
+        return digest.hexdigest() == self.digest
 
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` of the whole corpus, int32."""
@@ -224,7 +247,7 @@ class TokenisedCorpus:
         parts = []
         while start < stop:
             offset = start - self._starts[at]
-            part = self._ids[at][offset : offset + stop - start]
+            part = self._chunks[at].ids[offset : offset + stop - start]
             parts.append(part)
             start += len(part)
             at += 1
