@@ -152,6 +152,7 @@ def test_the_folder_says_how_to_pool(tmp_path, model: Model, old: bool) -> None:
         ({"sentence_bert_config.json": {"max_seq_length": "20"}}, "sentence_bert_config.json: max_seq_length must be"),
         ({"sentence_bert_config.json": {"max_seq_length": True}}, "an integer above 2, found True"),
         ({"sentence_bert_config.json": {"max_seq_length": 2}}, "an integer above 2, found 2"),
+        ({"sentence_bert_config.json": {"do_lower_case": "no"}}, "do_lower_case must be true or false, found 'no'"),
         (
             {
                 "modules.json": _modules("Transformer", "Pooling"),
@@ -164,6 +165,18 @@ def test_the_folder_says_how_to_pool(tmp_path, model: Model, old: bool) -> None:
 def test_a_folder_that_asks_for_more(tmp_path, files: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         _folder(tmp_path, files).encode(["a"])
+
+
+def test_texts_in_lower_case_for_a_cased_tokenizer(tmp_path) -> None:
+    folder = _folder(tmp_path, {"sentence_bert_config.json": {"do_lower_case": True}})
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    cased = Model.from_pretrained(tmp_path, model_type="bert")
+    assert not cased.tokenizer.do_lower_case
+    upper, lower = cased.encode(["SEGU gota", "segu gota"])
+    np.testing.assert_array_equal(upper, lower)
+    np.testing.assert_array_equal(folder.encode("segu gota"), lower)
+    (tmp_path / "sentence_bert_config.json").unlink()
+    assert not np.allclose(*Model.from_pretrained(tmp_path, model_type="bert").encode(["SEGU gota", "segu gota"]))
 
 
 FLAGS = ("--model_path", TINY, "--model_type", "bert", "--tokenizer_name", TINY / "vocab.txt", "--do_lower_case")

@@ -41,11 +41,13 @@ class EmbeddingSettings:
         normalize: whether vectors are divided by their Euclidean norm.
         max_seq_length: tokens of a text, special tokens included; longer ones are cut. None: as many as the model
             has positions.
+        lower_case: whether texts are lower-cased before the tokenizer sees them, whatever that does itself.
     """
 
     pooling: str = "mean"
     normalize: bool = True
     max_seq_length: int | None = None
+    lower_case: bool = False
 
     def checked(self, positions: int) -> EmbeddingSettings:
         """The settings with ``max_seq_length`` filled in for a model with so many positions.
@@ -67,10 +69,10 @@ def read_settings(folder: Path) -> EmbeddingSettings:
     Raises:
         UserError: a file cannot be read, or the folder asks for a module or a pooling that is not supported.
     """
-    length = _length(folder / SETTINGS_FILES[1])
+    length, lower_case = _transformer_settings(folder / SETTINGS_FILES[1])
     modules = folder / SETTINGS_FILES[0]
     if not modules.is_file():
-        return EmbeddingSettings(max_seq_length=length)
+        return EmbeddingSettings(max_seq_length=length, lower_case=lower_case)
     pooling, normalize = "mean", False
     for module in _modules(modules):
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
@@ -80,16 +82,19 @@ def read_settings(folder: Path) -> EmbeddingSettings:
             normalize = True
         elif kind != "Transformer":
             raise UserError(f"{modules}: the module {kind!r} is not supported (Transformer, Pooling, Normalize are)")
-    return EmbeddingSettings(pooling, normalize, length)
+    return EmbeddingSettings(pooling, normalize, length, lower_case)
 
 
-def _length(path: Path) -> int | None:
+def _transformer_settings(path: Path) -> tuple[int | None, bool]:
     if not path.is_file():
-        return None
-    length = read_json(path).get("max_seq_length")
+        return None, False
+    values = read_json(path)
+    length, lower_case = values.get("max_seq_length"), values.get("do_lower_case", False)
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length <= _SPECIALS):
         raise UserError(f"{path}: max_seq_length must be an integer above {_SPECIALS}, found {length!r}")
-    return length
+    if not isinstance(lower_case, bool):
+        raise UserError(f"{path}: do_lower_case must be true or false, found {lower_case!r}")
+    return length, lower_case
 
 
 def _modules(path: Path) -> list[dict[str, Any]]:
@@ -117,9 +122,12 @@ def _pooling(path: Path) -> str:
     return names[chosen[0]]
 
 
-def encode_tokens(texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: int) -> list[list[int]]:
-    """Ids of texts, special tokens added, cut to a length."""
+def encode_tokens(
+    texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: int, lower_case: bool = False
+) -> list[list[int]]:
+    """Ids of texts, lower-cased if that is wanted, special tokens added, cut to a length."""
     limit = max_seq_length - _SPECIALS
+    texts = [text.lower() for text in texts] if lower_case else texts
     return [
         [tokenizer.cls_id, *tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)[:limit]), tokenizer.sep_id]
         for text in texts
@@ -156,7 +164,8 @@ class Embedder:
                 raise UserError(f"{name} must be at least 1, got {value}")
         length = self._settings.max_seq_length
         assert length is not None
-        function = partial(encode_tokens, tokenizer=self._tokenizer, max_seq_length=length)
+        lower_case = self._settings.lower_case
+        function = partial(encode_tokens, tokenizer=self._tokenizer, max_seq_length=length, lower_case=lower_case)
         batches = _batches(texts, batch_size)
         tokenized = ordered_map(function, batches, num_proc, "texts") if num_proc > 1 else _ahead(function, batches)
         for ids in tokenized:
