@@ -13,9 +13,10 @@ from gpu_training import training
 
 import minilm_fast
 from minilm_fast import ops
-from minilm_fast.ops import SequenceLayout, _dispatch
+from minilm_fast.ops import SequenceLayout, _dispatch, _triton
 
 Function = Callable[..., torch.Tensor]
+SHARES = (4, 8)
 
 
 def attention(size: Size) -> Iterator[Case]:
@@ -46,11 +47,14 @@ def attention(size: Size) -> Iterator[Case]:
         forward[f"{OURS}, CUDA C++"] = System(
             lambda: lambda: _on("cuda", lambda: ops.attention(*packed.unbind(1), layout)[0]), lambda x: of_ours([x])
         )
-    both = {
-        OURS: System(
-            lambda: differentiated(lambda x: ops.projected_attention(x, layout)[0], [packed], packed_gradient), of_ours
+    ours = differentiated(lambda x: ops.projected_attention(x, layout)[0], [packed], packed_gradient)
+    both = {OURS: System(lambda: ours, of_ours)}
+    for name, share in _shares("attention", size):
+        forward[name] = System(
+            lambda share=share: with_share(share, lambda: ops.attention(*packed.unbind(1), layout)[0]),
+            lambda x: of_ours([x]),
         )
-    }
+        both[name] = System(lambda share=share: with_share(share, ours), of_ours)
     for name, make in rivals.items():
         forward[name] = System(lambda make=make: _bound(make(), q, k, v), lambda x: first([x]))
         both[name] = System(lambda make=make: differentiated(make(), (q, k, v), gradient), first)
@@ -81,6 +85,29 @@ def _bound(function: Function, *arguments: torch.Tensor) -> Callable[[], torch.T
 def _on(backend: str, run: Callable[[], Any]) -> Any:
     with minilm_fast.backend(backend):
         return run()
+
+
+def _shares(operator: str, size: Size) -> Iterator[tuple[str, int]]:
+    """Shares of the exponentials that a polynomial may compute, where Triton runs the operator, with a name each."""
+    if size.device.type == "cuda" and size.dtype != torch.float32 and not _triton.unusable(operator, size.device):
+        for share in SHARES:
+            yield f"{OURS}, one exponential in {share} by a polynomial", share
+
+
+def with_share(share: int, run: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that runs another with one exponential in ``share`` by a polynomial in the Triton kernels."""
+    module = _triton.kernels("exponential")
+
+    def shared() -> Any:
+        before = dict(module.ONE_IN)
+        module.ONE_IN.update({(operator, size): share for operator in module.OPERATORS for size in module.SIZES})
+        try:
+            return run()
+        finally:
+            module.ONE_IN.clear()
+            module.ONE_IN.update(before)
+
+    return shared
 
 
 def _eager_attention(dense: torch.Tensor) -> Function:
@@ -196,9 +223,14 @@ def relation_kl(size: Size) -> Iterator[Case]:
         "torch.compile": lambda: size.compile(vectorised),
         "a loop over samples": lambda: loop,
     }
+    systems = {
+        name: System(lambda make=make: differentiated(make(), students), compared) for name, make in makes.items()
+    }
+    for name, share in _shares("relation_kl", size):
+        systems[name] = System(lambda share=share: with_share(share, differentiated(ours, students)), compared)
     yield Case(
         "relation_kl, three relations",
-        {name: System(lambda make=make: differentiated(make(), students), compared) for name, make in makes.items()},
+        systems,
         exact=exact,
         # Two products forward, and as many again with the gradient's own backward.
         operations=3.0 * b * h * s * s * 2 * (2 * (ds + dt) + 2 * ds),

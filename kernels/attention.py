@@ -40,6 +40,7 @@ from minilm_fast.kernels.common import (
     visible_columns,
     with_contiguous_rows,
 )
+from minilm_fast.kernels.exponential import exp2, one_in
 
 Optional = torch.Tensor | None
 HEAD_SIZES = (32, 64, 128)
@@ -106,6 +107,7 @@ def _attention_forward(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -166,7 +168,7 @@ def _attention_forward(
             if phase == 1:
                 scores = tl.where(column[None, :] < prefix[:, None], scores, float("-inf"))
             now = tl.maximum(maximum, tl.max(scores, 1) * unit)
-            p = tl.exp2(scores * unit - now[:, None])
+            p = exp2(scores * unit - now[:, None], SHARE)
             correction = tl.exp2(maximum - now)
             total = total * correction + tl.sum(p, 1)
             if DROPOUT:
@@ -204,6 +206,7 @@ class _Call:
         self.strides = tuple(s for x in (q, k, v) for s in x.stride()[:2])
         self.dropout = (drop.low, drop.high, drop.threshold, drop.factor)
         self.precision = precision(q.dtype)
+        self.share = one_in("attention_backward" if op.endswith("backward") else "attention", self.size, q.dtype)
 
     def grid(self, tile: int) -> tuple[int, int, int]:
         return triton.cdiv(self.max_seqlen, tile), self.heads, self.batch
@@ -215,6 +218,7 @@ class _Call:
             "COLUMNS": tiles.columns,
             "DROPOUT": self.drop.threshold > 0,
             "PRECISION": self.precision,
+            "SHARE": self.share,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         }

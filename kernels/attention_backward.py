@@ -18,6 +18,7 @@ from minilm_fast.kernels.common import (
     visible_columns,
     visible_prefix,
 )
+from minilm_fast.kernels.exponential import exp2
 
 
 @triton.jit(do_not_specialize=["queries"])
@@ -70,6 +71,7 @@ def attention_backward_rows(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     """The gradient of q or, where there are ``bias_sums``, that of the bias instead."""
     head = tl.program_id(1)
@@ -130,7 +132,7 @@ def attention_backward_rows(
             if relative_bias is not None:
                 position = tl.load(position_ids + first + column, mask=column < length, other=0)
                 scores += distance_bias(relative_bias, head, limit, row_position, position)
-            p = tl.exp2(scores - exponent[:, None])
+            p = exp2(scores - exponent[:, None], SHARE)
             if phase == 1:
                 p = tl.where(column[None, :] < prefix[:, None], p, 0.0)
             dp = tl.dot(g_tile, v_tile, input_precision=PRECISION)
@@ -191,6 +193,7 @@ def attention_backward_columns(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     """The gradients of k and v. Tiles are transposed, ``[columns, rows]``, so that probabilities are left operands."""
     head = tl.program_id(1)
@@ -243,7 +246,7 @@ def attention_backward_columns(
             if relative_bias is not None:
                 row_position = tl.load(position_ids + first + row, mask=asks, other=0)
                 scores += tl.trans(distance_bias(relative_bias, head, limit, row_position, position))
-            p = tl.exp2(scores - exponent[None, :])
+            p = exp2(scores - exponent[None, :], SHARE)
             if phase == 1:
                 p = tl.where(column[:, None] < visible_prefix(row, source, target)[None, :], p, 0.0)
             dp = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)

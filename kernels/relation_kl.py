@@ -16,6 +16,7 @@ import triton.language as tl
 from minilm_fast.kernels.common import (
     LN2,
     LOG2E,
+    capability,
     check,
     check_rows,
     check_sequences,
@@ -27,6 +28,7 @@ from minilm_fast.kernels.common import (
     visible_columns,
     visible_prefix,
 )
+from minilm_fast.kernels.exponential import exp2, one_in
 
 Optional = torch.Tensor | None
 LEAST_SIZE, MOST_SIZE = 8, 128
@@ -89,6 +91,7 @@ def _relation_kl_forward(
     COLUMNS: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr,
     STUDENT_PRECISION: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     head = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -141,11 +144,11 @@ def _relation_kl_forward(
                 s = tl.where(visible, s, float("-inf"))
             t_now = tl.maximum(t_maximum, tl.max(t, 1))
             s_now = tl.maximum(s_maximum, tl.max(s, 1))
-            p = tl.exp2(t - t_now[:, None])
+            p = exp2(t - t_now[:, None], SHARE)
             correction = tl.exp2(t_maximum - t_now)
             t_total = t_total * correction + tl.sum(p, 1)
             excess = excess * correction + tl.sum(p * difference, 1)
-            s_total = s_total * tl.exp2(s_maximum - s_now) + tl.sum(tl.exp2(s - s_now[:, None]), 1)
+            s_total = s_total * tl.exp2(s_maximum - s_now) + tl.sum(exp2(s - s_now[:, None], SHARE), 1)
             t_maximum = t_now
             s_maximum = s_now
     place = head.to(tl.int64) * tokens + first + row
@@ -190,6 +193,7 @@ def _relation_kl_backward_rows(
     COLUMNS: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr,
     STUDENT_PRECISION: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -229,7 +233,7 @@ def _relation_kl_backward_rows(
             sb = load_rows(student_b + head * sb_head, first + column, sb_token, exists, STUDENT, STUDENT_PADDED)
             t = tl.dot(ta, tl.trans(tb), input_precision=TEACHER_PRECISION) * teacher_scale
             s = tl.dot(sa, tl.trans(sb), input_precision=STUDENT_PRECISION) * student_scale
-            d = tl.exp2(s - s_high[:, None] - s_low[:, None]) - tl.exp2(t - t_high[:, None] - t_low[:, None])
+            d = exp2(s - s_high[:, None] - s_low[:, None], SHARE) - exp2(t - t_high[:, None] - t_low[:, None], SHARE)
             if phase == 1:
                 d = tl.where(column[None, :] < prefix[:, None], d, 0.0)
             acc = tl.dot((d * unit).to(sb.dtype), sb, acc, input_precision=STUDENT_PRECISION)
@@ -271,6 +275,7 @@ def _relation_kl_backward_columns(
     COLUMNS: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr,
     STUDENT_PRECISION: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     """The gradient of b, to which ``a_grad`` is added unless it is None. Tiles are transposed, ``[columns, rows]``."""
     head = tl.program_id(1)
@@ -315,7 +320,7 @@ def _relation_kl_backward_columns(
             s_high, s_low = _exponent(lse_student, statistics + row, asks)
             t = tl.dot(tb, tl.trans(ta), input_precision=TEACHER_PRECISION) * teacher_scale
             s = tl.dot(sb, tl.trans(sa), input_precision=STUDENT_PRECISION) * student_scale
-            d = tl.exp2(s - s_high[None, :] - s_low[None, :]) - tl.exp2(t - t_high[None, :] - t_low[None, :])
+            d = exp2(s - s_high[None, :] - s_low[None, :], SHARE) - exp2(t - t_high[None, :] - t_low[None, :], SHARE)
             if phase == 1:
                 d = tl.where(column[:, None] < visible_prefix(row, source, target)[None, :], d, 0.0)
             acc = tl.dot((d * unit).to(sa.dtype), sa, acc, input_precision=STUDENT_PRECISION)
@@ -343,6 +348,7 @@ class _Call:
         reduction: str,
     ) -> None:
         check(reduction in REDUCTIONS, f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        self.op = op
         self.tensors = (
             teacher_a,
             teacher_a if teacher_b is None else teacher_b,
@@ -378,7 +384,12 @@ class _Call:
     def launch(self, by_row: bool) -> tuple[tuple[int, int, int], dict[str, Any]]:
         padded = [max(16, triton.next_power_of_2(size)) for size in self.sizes]
         types = (self.tensors[0].dtype, self.tensors[2].dtype)
-        chosen = tiles(max(padded), max(types, key=lambda dtype: dtype.itemsize))
+        widest = max(types, key=lambda dtype: dtype.itemsize)
+        chosen = tiles(max(padded), widest)
+        share = one_in(self.op, max(padded), widest)
+        if by_row and self.op == "relation_kl_backward" and capability() < 90:
+            # There the halves would go through shared memory on their way to the next product.
+            share = 0
         grid = (triton.cdiv(self.max_seqlen, chosen.rows if by_row else chosen.columns), self.heads, self.batch)
         return grid, {
             "TEACHER": self.sizes[0],
@@ -389,6 +400,7 @@ class _Call:
             "COLUMNS": chosen.columns,
             "TEACHER_PRECISION": precision(types[0]),
             "STUDENT_PRECISION": precision(types[1]),
+            "SHARE": share,
             "num_warps": chosen.warps,
             "num_stages": chosen.stages,
         }

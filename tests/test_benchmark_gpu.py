@@ -142,3 +142,16 @@ def test_the_script_refuses_unknown_sections(tmp_path: Path) -> None:
     command = ["bash", str(BENCHMARKS / "gpu.sh"), "--out", str(tmp_path), "--sections", "build,all"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "there is no section all" in done.stderr
+
+
+def test_shares_of_polynomials_end_with_the_run() -> None:
+    pytest.importorskip("triton")
+    from gpu_cases import with_share
+
+    from minilm_fast.ops import _triton
+
+    shares = _triton.kernels("exponential").ONE_IN
+    before = dict(shares)
+    found = with_share(8, lambda: dict(shares))()
+    assert found[("attention", 32)] == found[("relation_kl_backward", 64)] == 8
+    assert shares == before

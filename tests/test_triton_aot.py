@@ -49,3 +49,26 @@ def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
 def test_registers_fit(compiled: list[dict[str, Any]]) -> None:
     """A block's threads share 65536 registers."""
     assert [line for line in compiled if line["registers"] * 32 * line["warps"] > 65536] == []
+
+
+def test_a_share_of_the_exponentials_is_polynomials(compiled: list[dict[str, Any]]) -> None:
+    """One in 4 of those of a thread's tiles, and no number moves between threads for it."""
+    whole = {(line["arch"], line["case"], line["kernel"]): line for line in compiled}
+    compared = set()
+    for line in compiled:
+        case, _, share = line["case"].partition(", one in ")
+        if share:
+            other = whole[line["arch"], case, line["kernel"]]
+            assert line["stores"] == other["stores"], line
+            # What stays are those of a row: the correction of its sums, and what a pseudo row sees of itself.
+            in_tiles = other["exponentials"] // 64 * 64
+            assert other["exponentials"] - line["exponentials"] == in_tiles // 4, line
+            compared.add((line["arch"], line["kernel"]))
+    kernels = {
+        *("_attention_forward", "attention_backward_rows", "attention_backward_columns"),
+        *("_relation_kl_forward", "_relation_kl_backward_rows", "_relation_kl_backward_columns"),
+    }
+    # On sm_80 the rows of relation_kl's backward take none.
+    assert compared == {(arch, kernel) for arch in (80, 90) for kernel in kernels} - {
+        (80, "_relation_kl_backward_rows")
+    }

@@ -101,6 +101,18 @@ def test_head_sizes_bias_and_types(size: int, dtype: torch.dtype, bias: str) -> 
     Case(layout, size, dtype, bias=bias, dropout=0.3).check()
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 2), (torch.float16, 4)])
+def test_polynomials(dtype: torch.dtype, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are used, and the same accuracy is asked for."""
+    case = Case(SequenceLayout.pseudo_masked([40, 3], [21, 9]), 32, dtype)
+    before = case.ours()
+    shares = _triton.kernels("exponential").ONE_IN
+    for operator in ("attention", "attention_backward"):
+        monkeypatch.setitem(shares, (operator, 32), share)
+    assert not torch.equal(case.ours()[1], before[1])
+    case.check()
+
+
 @pytest.mark.parametrize("counts", [[0, 0, 0], [60, 7, 0], [40, 8, 2]])
 def test_few_rows_ask(counts: list[int]) -> None:
     layout = SequenceLayout.from_counts([34, 0, 2], [13, 1, 0], [13, 7, 0]).with_queries(counts)

@@ -96,6 +96,17 @@ def test_types(dtypes: tuple[torch.dtype, torch.dtype], kind: str) -> None:
     _check(_inputs(layout.total, (16, 8), dtypes, kind), layout)
 
 
+@pytest.mark.parametrize("kind", ["distinct", "symmetric"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_polynomials(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One exponential in two, and the same accuracy is asked for."""
+    shares = _triton.kernels("exponential").ONE_IN
+    for operator in ("relation_kl", "relation_kl_backward"):
+        monkeypatch.setitem(shares, (operator, 64), 2)
+    layout = SequenceLayout.bidirectional([40, 1, 17])
+    _check(_inputs(layout.total, (64, 32), (dtype, dtype), kind), layout)
+
+
 @pytest.mark.parametrize("options", [{"reduction": "sum"}, {"reduction": "token_mean"}, {"student_scale": -0.7}])
 def test_options(options: dict[str, Any]) -> None:
     layout = SequenceLayout.pseudo_masked([17, 3], [4, 0])

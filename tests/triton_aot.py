@@ -4,9 +4,10 @@ The host functions run as they are, on small tensors of the CPU; only the launch
 So every specialisation, block size and number of warps is one that a GPU would get. Run as a program, without
 ``TRITON_INTERPRET``: ``python tests/triton_aot.py [--arch 80 90] [--only NAME] [--everything]``. Prints JSON lines::
 
-    {"case", "kernel", "arch", "registers", "stack", "local", "shared", "warps"}
+    {"case", "kernel", "arch", "registers", "stack", "local", "shared", "warps", "exponentials", "stores"}
 
-``stack`` and ``local`` are bytes of local memory for each thread: spilled registers and arrays with variable indices.
+``exponentials`` and ``stores`` are instructions of the program: exponentials, and stores to shared memory. ``stack``
+and ``local`` are bytes of local memory for each thread: spilled registers and arrays with variable indices.
 """
 
 from __future__ import annotations
@@ -152,7 +153,24 @@ def relation_cases(everything: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             )
 
 
-CASES = (norm_cases, attention_cases, loss_cases, relation_cases)
+def polynomial_cases(everything: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Cases of head size 32 with one exponential in 4, or in 8, by a polynomial."""
+    module = _triton.kernels("exponential")
+
+    def shared(call: Callable[[], Any], share: int) -> None:
+        module.ONE_IN.update({(operator, size): share for operator in module.OPERATORS for size in module.SIZES})
+        try:
+            call()
+        finally:
+            module.ONE_IN.clear()
+
+    for name, call in dict((*attention_cases(False), *relation_cases(False))).items():
+        if name.endswith(("32 torch.bfloat16 plain", "64 32 torch.bfloat16")):
+            for share in (4, 8) if everything else (4,):
+                yield f"{name}, one in {share}", lambda call=call, share=share: shared(call, share)
+
+
+CASES = (norm_cases, attention_cases, loss_cases, relation_cases, polynomial_cases)
 
 
 def compile_all(archs: list[int], only: str, everything: bool) -> Iterator[dict[str, Any]]:
@@ -177,13 +195,15 @@ def compile_all(archs: list[int], only: str, everything: bool) -> Iterator[dict[
                     continue
                 seen.add(binary.hash)
                 numbers = usage(binary.asm["cubin"])
-                metadata = binary.metadata
+                metadata, program = binary.metadata, binary.asm["ptx"]
                 yield (
                     {"case": case, "kernel": kernel, "arch": arch}
                     | numbers
                     | {
                         "shared": metadata.shared,
                         "warps": metadata.num_warps,
+                        "exponentials": program.count("ex2.approx"),
+                        "stores": program.count("st.shared"),
                     }
                 )
 
