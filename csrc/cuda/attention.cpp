@@ -11,22 +11,11 @@ namespace {
 
 void check_operands(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   check_tensor(op, "q", q, q, {at::kHalf, at::kBFloat16});
-  TORCH_CHECK(q.dim() == 3, op, ": q must be [tokens, heads, head_dim], got ", q.sizes());
-  const int64_t size = q.size(2);
-  TORCH_CHECK(size == 32 || size == 64 || size == 128, op, ": the head size of q must be 32, 64 or 128 on CUDA, got ",
-              size);
+  check_heads(op, "q", q);
   check_tensor(op, "k", k, q, {q.scalar_type()});
-  check_shape(op, "k", k, {-1, q.size(1), size});
+  check_shape(op, "k", k, {-1, q.size(1), q.size(2)});
   check_tensor(op, "v", v, q, {q.scalar_type()});
   check_shape(op, "v", v, k.sizes());
-}
-
-void set_relative_bias(const char* op, const at::Tensor& bias, const at::Tensor& position_ids, const at::Tensor& k,
-                       Attention& p) {
-  p.relative_bias = check_device_floats(op, "relative_bias", bias, k, {k.size(1), -1});
-  TORCH_CHECK(bias.size(1) % 2 == 1, op, ": relative_bias must have an odd number of columns, got ", bias.sizes());
-  p.distance_limit = static_cast<int32_t>(bias.size(1) / 2);
-  p.position_ids = check_device_ints(op, "position_ids", position_ids, k, {k.size(0)});
 }
 
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_any, const at::Tensor& k_any, const at::Tensor& v_any,
@@ -49,7 +38,10 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_any, const at::
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   TORCH_CHECK(max_seqlen >= 0 && max_seqlen <= kMost && k_any.size(0) <= kMost && batch <= 65535 && heads <= 65535, kOp,
               ": the batch is too large: ", batch, " sequences of up to ", max_seqlen, " tokens, ", heads, " heads");
-  if (relative_bias.has_value()) set_relative_bias(kOp, *relative_bias, *position_ids, k_any, p);
+  if (relative_bias.has_value()) {
+    set_relative_bias(kOp, *relative_bias, q_any, heads, p);
+    p.position_ids = check_device_ints(kOp, "position_ids", *position_ids, q_any, {k_any.size(0)});
+  }
 
   const Launching launching(q_any);
   const at::Tensor q = aligned_rows(q_any), k = aligned_rows(k_any), v = aligned_rows(v_any);

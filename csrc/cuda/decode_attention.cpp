@@ -9,12 +9,6 @@
 namespace minilm_fast::cuda {
 namespace {
 
-void check_head_size(const char* op, const at::Tensor& x, const char* name) {
-  TORCH_CHECK(x.dim() == 3, op, ": ", name, " must be [rows, heads, head_dim], got ", x.sizes());
-  TORCH_CHECK(x.size(2) == 32 || x.size(2) == 64 || x.size(2) == 128, op, ": the head size of ", name,
-              " must be 32, 64 or 128 on CUDA, got ", x.size(2));
-}
-
 void check_cache(const char* op, const char* name, const at::Tensor& cache, const at::Tensor& q,
                  at::IntArrayRef shape) {
   check_tensor(op, name, cache, q, {q.scalar_type()});
@@ -35,12 +29,6 @@ void check_rows(const char* op, const char* name, const at::Tensor& x, const at:
   check_shape(op, name, x, q.sizes());
 }
 
-void set_relative_bias(const char* op, const at::Tensor& bias, DecodeAttention& p, const at::Tensor& q) {
-  p.relative_bias = check_device_floats(op, "relative_bias", bias, q, {p.heads, -1});
-  TORCH_CHECK(bias.size(1) % 2 == 1, op, ": relative_bias must have an odd number of columns, got ", bias.sizes());
-  p.distance_limit = static_cast<int32_t>(bias.size(1) / 2);
-}
-
 at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k_any, const at::Tensor& v_any,
                             const at::Tensor& source_k, const at::Tensor& source_v, const at::Tensor& source_lengths,
                             at::Tensor& history_k, at::Tensor& history_v, const at::Tensor& ancestry,
@@ -49,7 +37,7 @@ at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k_any, co
   constexpr char kOp[] = "decode_attention";
   DecodeAttention p{};
   p.dtype = check_numbers(kOp, "q", q_any, q_any);
-  check_head_size(kOp, q_any, "q");
+  check_heads(kOp, "q", q_any);
   check_rows(kOp, "k", k_any, q_any);
   check_rows(kOp, "v", v_any, q_any);
   TORCH_CHECK(rows == 1 || rows == 2, kOp, ": rows must be 1 or 2, got ", rows);
@@ -68,7 +56,7 @@ at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k_any, co
   p.slots = check_device_ints(kOp, "slots", slots, q_any, {examples});
   p.steps = check_device_ints(kOp, "steps", steps, q_any, {examples});
   p.heads = static_cast<int32_t>(heads);
-  if (relative_bias.has_value()) set_relative_bias(kOp, *relative_bias, p, q_any);
+  if (relative_bias.has_value()) set_relative_bias(kOp, *relative_bias, q_any, heads, p);
 
   const Launching launching(q_any);
   const at::Tensor q = aligned_rows(q_any), k = aligned_rows(k_any), v = aligned_rows(v_any);
@@ -103,7 +91,7 @@ void store_source(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu
                   at::Tensor& source_lengths) {
   constexpr char kOp[] = "store_source";
   check_numbers(kOp, "k", k, k);
-  check_head_size(kOp, k, "k");
+  check_heads(kOp, "k", k);
   check_rows(kOp, "v", v, k);
   check_rows_contiguous(kOp, "k", k);
   check_rows_contiguous(kOp, "v", v);

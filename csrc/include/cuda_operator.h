@@ -97,4 +97,18 @@ inline void check_aligned(const char* op, const char* name, const at::Tensor& x)
               " must start at a multiple of 16 bytes");
 }
 
+// Rows of heads of one of the sizes that kernels are compiled for.
+inline void check_heads(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 3, op, ": ", name, " must be [tokens, heads, head_dim], got ", x.sizes());
+  TORCH_CHECK(x.size(2) == 32 || x.size(2) == 64 || x.size(2) == 128, op, ": the head size of ", name,
+              " must be 32, 64 or 128 on CUDA, got ", x.size(2));
+}
+
+template <typename Problem>
+void set_relative_bias(const char* op, const at::Tensor& bias, const at::Tensor& first, int64_t heads, Problem& p) {
+  p.relative_bias = check_device_floats(op, "relative_bias", bias, first, {heads, -1});
+  TORCH_CHECK(bias.size(1) % 2 == 1, op, ": relative_bias must have an odd number of columns, got ", bias.sizes());
+  p.distance_limit = static_cast<int32_t>(bias.size(1) / 2);
+}
+
 }  // namespace minilm_fast::cuda
