@@ -9,28 +9,18 @@
 namespace minilm_fast::cuda {
 namespace {
 
-// What a block works on: this head's operands, from the sequence's first token on.
-template <typename T>
-struct Operands {
-  const T *q, *k, *v;  // q: such that row i of the sequence is row i here, if it asks
-  int64_t q_token, k_token, v_token;
-
-  __device__ Operands(const Attention& p, const Sequence& sequence, int head)
-      : q_token(p.q_token), k_token(p.k_token), v_token(p.v_token) {
-    q = static_cast<const T*>(p.q) + head * p.q_head + sequence.shift * p.q_token;
-    k = static_cast<const T*>(p.k) + head * p.k_head + sequence.first * p.k_token;
-    v = static_cast<const T*>(p.v) + head * p.v_head + sequence.first * p.v_token;
-  }
-};
-
-// Starts to copy kCount rows, of which `count` are there, to shared memory; the others become zeros. A thread copies
-// one chunk of every so many rows, and these lie so far apart that they are swizzled alike.
+// Starts to copy kCount rows of a matrix from `first` on, of which `count` are there, to shared memory; the others
+// become zeros. A thread copies one chunk of every so many rows, and these lie so far apart that they are swizzled
+// alike.
 template <typename T, int kSize, int kCount>
-__device__ void stage_rows(const T* rows, int64_t stride, int count, unsigned char* shared) {
+__device__ void stage_rows(const T* matrix, int64_t stride, int first, int count, unsigned char* shared) {
   constexpr int kRowBytes = kSize * 2, kChunks = kRowBytes / 16, kApart = kAttentionThreads / kChunks;
   static_assert(kApart % 8 == 0 && kCount % kApart == 0, "whole rounds of all threads");
-  const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
-  const T* from = rows + row * stride + chunk * 8;
+  int thread = threadIdx.x;
+  // Else what follows from it is computed once and kept, for which the registers are too few.
+  asm volatile("" : "+r"(thread));
+  const int row = thread / kChunks, chunk = thread % kChunks;
+  const T* from = matrix + (first + row) * stride + chunk * 8;
   unsigned char* to = shared + chunk_offset<kRowBytes>(row, chunk);
 #pragma unroll
   for (int i = 0; i < kCount; i += kApart) {
@@ -39,12 +29,14 @@ __device__ void stage_rows(const T* rows, int64_t stride, int count, unsigned ch
   }
 }
 
-// Keys and values of the columns from `first` on.
+// Keys and values of a head, from a column of a sequence on.
 template <typename T, int kSize>
-__device__ void stage_columns(const Operands<T>& operands, int first, int length, unsigned char* stage) {
+__device__ void stage_columns(const Attention& p, const Sequence& sequence, int head, int column,
+                              unsigned char* stage) {
   constexpr int kColumns = kAttentionColumns;
-  stage_rows<T, kSize, kColumns>(operands.k + first * operands.k_token, operands.k_token, length - first, stage);
-  stage_rows<T, kSize, kColumns>(operands.v + first * operands.v_token, operands.v_token, length - first,
+  const int first = sequence.first + column, count = sequence.length - column;
+  stage_rows<T, kSize, kColumns>(static_cast<const T*>(p.k) + head * p.k_head, p.k_token, first, count, stage);
+  stage_rows<T, kSize, kColumns>(static_cast<const T*>(p.v) + head * p.v_head, p.v_token, first, count,
                                  stage + kColumns * kSize * 2);
 }
 
@@ -70,15 +62,12 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias
   const int block_row = sequence.first_row + static_cast<int>(blockIdx.x) * Shape::kRows;
   if (block_row >= sequence.length) return;
   const int columns = sequence.longest(block_row, min(block_row + Shape::kRows, sequence.length));
-  const int tiles = (columns + Shape::kColumns - 1) / Shape::kColumns;
-  const Operands<T> operands(p, sequence, head);
   unsigned char* shared = shared_memory();
 
-  // The queries take the place of the second stage first.
-  unsigned char* queries = shared + Shape::kStageBytes;
-  stage_rows<T, kSize, Shape::kRows>(operands.q + block_row * operands.q_token, operands.q_token,
-                                     sequence.length - block_row, queries);
-  if (tiles > 0) stage_columns<T, kSize>(operands, 0, sequence.length, shared);
+  unsigned char* queries = shared + 2 * Shape::kStageBytes;
+  stage_rows<T, kSize, Shape::kRows>(static_cast<const T*>(p.q) + head * p.q_head, p.q_token,
+                                     sequence.shift + block_row, sequence.length - block_row, queries);
+  if (columns > 0) stage_columns<T, kSize>(p, sequence, head, 0, shared);
   commit_copies();
   wait_copies<0>();
   __syncthreads();
@@ -89,33 +78,37 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias
             p.position_ids + sequence.first, p.distance_limit};
   const int first_row = block_row + warp * Shape::kWarpRows;
   const int stop = min(first_row + Shape::kWarpRows, sequence.length);
-  const bool active = first_row < stop;
-  const int most = active ? sequence.longest(first_row, stop) : 0;
-  const int least = active ? sequence.shortest(first_row, stop) : 0;
+  int most = 0, least = 0;  // a warp beyond the end sees nothing
+  if (first_row < stop) {
+    most = sequence.longest(first_row, stop);
+    least = sequence.shortest(first_row, stop);
+  }
   WarpRows<T, kSize, kBias> rows(sequence, first_row, p.scale * kLog2OfE, bias,
                                  queries + warp * Shape::kWarpRows * Shape::kRowBytes);
-  if (stop > sequence.end) rows.see_themselves(operands.k, operands.k_token, operands.v, operands.v_token);
+  if (stop > sequence.end)
+    rows.see_themselves(static_cast<const T*>(p.k) + head * p.k_head, p.k_token,
+                        static_cast<const T*>(p.v) + head * p.v_head, p.v_token);
 
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int column = tile * Shape::kColumns;
+  for (int column = 0; column < columns; column += Shape::kColumns) {
     wait_copies<0>();
     // Also: all warps are done with what the next copies replace.
     __syncthreads();
-    if (tile + 1 < tiles)
-      stage_columns<T, kSize>(operands, column + Shape::kColumns, sequence.length,
-                              shared + (tile + 1) % 2 * Shape::kStageBytes);
+    const int odd = column / Shape::kColumns % 2;
+    if (column + Shape::kColumns < columns)
+      stage_columns<T, kSize>(p, sequence, head, column + Shape::kColumns, shared + (1 - odd) * Shape::kStageBytes);
     commit_copies();
-    const unsigned char* stage = shared + tile % 2 * Shape::kStageBytes;
+    const unsigned char* stage = shared + odd * Shape::kStageBytes;
     if (column + Shape::kColumns <= least)
-      rows.template add<false>(stage, column, Shape::kColumns);
+      rows.add_full(stage, column);
     else if (column < most)
-      rows.template add<true>(stage, column, most - column);
+      rows.add_partial(stage, column, most - column);
   }
 
   __syncthreads();
-  if (!active) return;
-  const int64_t row = sequence.shift, stride = static_cast<int64_t>(p.heads) * kSize;
+  if (first_row >= sequence.length) return;
+  // Read again, so that it takes no register before.
+  const int64_t row = Sequence(p, blockIdx.z).shift, stride = static_cast<int64_t>(p.heads) * kSize;
   unsigned char* results = shared + warp * Shape::kWarpRows * Shape::kRowBytes;
   rows.finish(results, p.lse + head * p.queries + row);
   __syncwarp();
@@ -127,8 +120,8 @@ template <typename T, int kSize, bool kBias>
 cudaError_t launch_instance(const Attention& p, cudaStream_t stream) {
   using Shape = AttentionShape<kSize, kBias>;
   const dim3 grid((p.max_seqlen + Shape::kRows - 1) / Shape::kRows, p.heads, p.batch);
-  return launch(attention_forward_kernel<T, kSize, kBias>, grid, dim3(kAttentionThreads), 2 * Shape::kStageBytes,
-                stream, p);
+  return launch(attention_forward_kernel<T, kSize, kBias>, grid, dim3(kAttentionThreads), Shape::kSharedBytes, stream,
+                p);
 }
 
 template <typename T, int kSize>

@@ -16,9 +16,9 @@ constexpr int kAttentionThreads = kAttentionWarps * kLanes;
 constexpr int kAttentionColumns = 64;  // of a tile
 constexpr float kLog2OfE = 1.44269504088896340736f;
 constexpr float kLogOf2 = 0.69314718055994530942f;
-// A running maximum is raised only when a score exceeds it by this, in powers of two: what it is has no effect on the
-// result but for overflow, and fp16 holds probabilities up to 2^15.
-constexpr float kSlack = 8.0f;
+// Of a lane's probabilities of a row in a tile. What is taken off the exponents has no effect on a result but for
+// overflow, and the largest number of fp16 is just below 2^16.
+constexpr float kLargestSum = 32768.0f;
 
 template <int kSize, bool kBias>
 struct AttentionShape {
@@ -33,8 +33,10 @@ struct AttentionShape {
   static constexpr int kStageBytes = 2 * kMatrixBytes;   // keys, then values
   static constexpr int kResident = kSize == 32 ? 3 : 2;  // blocks of threads that are to fit on a multiprocessor
   // One exponential of so many is a polynomial. At size 32 the special-function unit is what takes longest.
-  static constexpr int kPolynomialEvery = kSize == 32 ? 8 : 0;
-  static_assert(kRows * kRowBytes <= kStageBytes, "queries and results take the place of a stage");
+  static constexpr int kPolynomialEvery = kSize == 32 ? 16 : 0;
+  // Two stages and the queries; the results take the place of the first stage.
+  static constexpr int kSharedBytes = 2 * kStageBytes + kRows * kRowBytes;
+  static_assert(kRows * kRowBytes <= kStageBytes, "room for the results");
 };
 
 // Where load_matrices finds [16 rows, 16 columns] of a tile: `step` counts 16 columns, `row` is a multiple of 8, and
@@ -46,7 +48,10 @@ __device__ inline const unsigned char* tile_matrix(const unsigned char* tile, in
 
 template <int kRowBytes>
 __device__ inline int lane_matrix_offset(bool swapped) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, upper = lane / 16, odd = lane / 8 % 2;
+  int lane = static_cast<int>(threadIdx.x) % kLanes;
+  // Else the offset is computed once and kept, for which the registers are too few.
+  asm volatile("" : "+r"(lane));
+  const int upper = lane / 16, odd = lane / 8 % 2;
   return chunk_offset<kRowBytes>((swapped ? upper : odd) * 8 + lane % 8, swapped ? odd : upper);
 }
 
@@ -71,28 +76,21 @@ class WarpRows {
   using Scores = float[kBlocks][kPairs][4];
 
  public:
-  // `first_row` is one of the sequence, `scale` in powers of two; the queries of the warp are the first rows of
-  // `queries`.
+  // `first_row` is one of the sequence, `scale` in powers of two. The warp's queries are the first rows of `queries`,
+  // where they stay: they take no registers but while keys are multiplied.
   __device__ WarpRows(const Sequence& sequence, int first_row, float scale, const DistanceBias& bias,
-                      const unsigned char* queries)
-      : sequence_(sequence), bias_(bias), first_row_(first_row), scale_(scale == 0.0f ? 1.0f : fabsf(scale)) {
-    // The maximum is sought before the scale is applied, so the scale's sign goes to the queries.
-    const uint32_t kept = scale == 0.0f ? 0u : 0xffffffffu, sign = scale < 0.0f ? 0x80008000u : 0u;
-    const int lane_offset = lane_matrix_offset<Shape::kRowBytes>(false);
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int d = 0; d < kSize / 16; ++d) {
-        load_matrices(q_[b][d], tile_matrix<Shape::kRowBytes>(queries, lane_offset, b * 16, d));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) q_[b][d][i] = (q_[b][d][i] & kept) ^ sign;
-      }
+                      unsigned char* queries)
+      : sequence_(sequence),
+        bias_(bias),
+        queries_(queries),
+        first_row_(first_row),
+        scale_(scale == 0.0f ? 1.0f : fabsf(scale)) {
+    if (scale <= 0.0f) scale_queries(scale == 0.0f ? 0u : 0xffffffffu);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         largest_[b][half] = -INFINITY;
-        prefix_[b][half] = sequence.prefix(row(b, half)) - static_cast<int>(threadIdx.x) % 4 * 2;
         if (kBias) position_[b][half] = row(b, half) < sequence.length ? bias.positions[row(b, half)] : 0;
       }
   }
@@ -106,11 +104,12 @@ class WarpRows {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const bool own = row(b, half) >= sequence_.end && row(b, half) < sequence_.length;
-        const int64_t token = own ? row(b, half) : 0;
+        const int64_t token = sequence_.first + (own ? row(b, half) : 0);
         float score = 0.0f;
 #pragma unroll
         for (int d = 0; d < kDims; ++d) {
-          const float2 query = unpack_pair<T>(q_[b][d / 2][half + d % 2 * 2]);
+          const int place = chunk_offset<Shape::kRowBytes>(b * 16 + half * 8 + lane / 4, d) + lane % 4 * 4;
+          const float2 query = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(queries_ + place));
           const float2 key = pair_at(k + token * k_token + d * 8 + column);
           score = fmaf(query.x, key.x, fmaf(query.y, key.y, score));
         }
@@ -131,15 +130,29 @@ class WarpRows {
       }
   }
 
-  // Adds the columns from `first_column` on. kMasked: not all rows see all 64; none sees more than the first `columns`.
-  template <bool kMasked>
-  __device__ void add(const unsigned char* stage, int first_column, int columns) {
-    Scores scores;
-    multiply_keys<kMasked>(scores, stage, columns);
-    if (kBias) add_bias<kMasked>(scores, first_column, columns);
-    if (kMasked) hide(scores, first_column, columns);
-    raise_maximum<kMasked>(scores, columns);
-    multiply_values<kMasked>(scores, stage + Shape::kMatrixBytes, columns);
+  // Adds 64 columns from `first_column` on, all of which all rows see. But for the first tile, a maximum is not sought:
+  // probabilities are taken with the one that there is, and only if they are too large, everything is done again with
+  // maxima of the rows concerned.
+  __device__ void add_full(const unsigned char* stage, int first_column) {
+    uint32_t p[kPairs / 2][kBlocks][4];
+    float sums[kBlocks][2];
+    weigh(stage, first_column, first_column == 0 ? ~0u : 0u, p, sums);
+    if (first_column != 0 && too_large(sums)) weigh(stage, first_column, rows_too_large(sums), p, sums);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) sum_[b][half] += sums[b][half];
+    const int lane_offset = lane_matrix_offset<Shape::kRowBytes>(false);
+#pragma unroll
+    for (int n = 0; n < kPairs; n += 2)
+      multiply_values<0, kBlocks>(p[n / 2], stage + Shape::kMatrixBytes, lane_offset, n);
+  }
+
+  // Adds columns of which not all rows see all; none sees more than the first `columns`. Block after block, since masks
+  // need registers too.
+  __device__ void add_partial(const unsigned char* stage, int first_column, int columns) {
+    add_partial_block<0>(stage, first_column, columns);
+    if constexpr (kBlocks > 1) add_partial_block<1>(stage, first_column, columns);
   }
 
   // Leaves the results in the first rows of `shared`, which are this warp's, and the log-sum-exps at `lse`, which
@@ -170,6 +183,14 @@ class WarpRows {
     return first_row_ + block * 16 + half * 8 + static_cast<int>(threadIdx.x) % kLanes / 4;
   }
 
+  // Maxima are sought before the scale is applied, so a scale that is not positive makes itself felt here.
+  __device__ void scale_queries(uint32_t kept) const {
+    auto* words = reinterpret_cast<uint32_t*>(queries_);
+    for (int i = static_cast<int>(threadIdx.x) % kLanes; i < Shape::kWarpRows * Shape::kRowBytes / 4; i += kLanes)
+      words[i] = (words[i] ^ 0x80008000u) & kept;
+    __syncwarp();
+  }
+
   __device__ static float2 pair_at(const T* place) { return unpack_pair<T>(*reinterpret_cast<const uint32_t*>(place)); }
 
   // Of a tile that is masked, whether the 16 columns to which those from 8 * n on belong are not looked at.
@@ -178,24 +199,63 @@ class WarpRows {
     return kMasked && n / 2 * 16 >= columns;
   }
 
-  template <bool kMasked>
-  __device__ void multiply_keys(Scores& scores, const unsigned char* keys, int columns) const {
-    const int lane_offset = lane_matrix_offset<Shape::kRowBytes>(true);
+  // All exponentials are the special-function unit's, which makes 0 of -infinity.
+  template <int kBlock>
+  __device__ void add_partial_block(const unsigned char* stage, int first_column, int columns) {
+    Scores scores;
+    multiply_keys<true, kBlock, kBlock + 1>(scores, stage, columns);
+    if (kBias) add_bias<true>(scores, first_column, columns);
+    hide<kBlock>(scores, first_column, columns);
+    raise_maximum<true, kBlock, kBlock + 1>(scores, columns, ~0u);
+    const int lane_offset = lane_matrix_offset<Shape::kRowBytes>(false);
 #pragma unroll
     for (int n = 0; n < kPairs; n += 2) {
-      if (left_out<kMasked>(n, columns)) continue;
+      if (left_out<true>(n, columns)) continue;
+      uint32_t p[kBlocks][4];
+      exponentiate<0, kBlock, kBlock + 1>(scores, n, p, sum_);
+      multiply_values<kBlock, kBlock + 1>(p, stage + Shape::kMatrixBytes, lane_offset, n);
+    }
+  }
+
+  // Probabilities of a full tile and their sums, after the maxima of the rows in `rising` were raised.
+  __device__ void weigh(const unsigned char* stage, int first_column, unsigned rising,
+                        uint32_t (&p)[kPairs / 2][kBlocks][4], float (&sums)[kBlocks][2]) {
+    Scores scores;
+    multiply_keys<false, 0, kBlocks>(scores, stage, Shape::kColumns);
+    if (kBias) add_bias<false>(scores, first_column, Shape::kColumns);
+    if (__any_sync(kFullWarp, rising != 0)) raise_maximum<false, 0, kBlocks>(scores, Shape::kColumns, rising);
 #pragma unroll
-      for (int d = 0; d < kSize / 16; ++d) {
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) sums[b][half] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kPairs; n += 2) exponentiate<Shape::kPolynomialEvery, 0, kBlocks>(scores, n, p[n / 2], sums);
+  }
+
+  // Of the blocks of rows from kFirst to kStop, as in the functions below.
+  template <bool kMasked, int kFirst, int kStop>
+  __device__ void multiply_keys(Scores& scores, const unsigned char* keys, int columns) const {
+    const int query_offset = lane_matrix_offset<Shape::kRowBytes>(false);
+    const int key_offset = lane_matrix_offset<Shape::kRowBytes>(true);
+#pragma unroll
+    for (int d = 0; d < kSize / 16; ++d) {
+      uint32_t q[kBlocks][4];
+#pragma unroll
+      for (int b = kFirst; b < kStop; ++b)
+        load_matrices(q[b], tile_matrix<Shape::kRowBytes>(queries_, query_offset, b * 16, d));
+#pragma unroll
+      for (int n = 0; n < kPairs; n += 2) {
+        if (left_out<kMasked>(n, columns)) continue;
         uint32_t k[4];
-        load_matrices(k, tile_matrix<Shape::kRowBytes>(keys, lane_offset, n * 8, d));
+        load_matrices(k, tile_matrix<Shape::kRowBytes>(keys, key_offset, n * 8, d));
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
+        for (int b = kFirst; b < kStop; ++b) {
           if (d == 0) {
-            multiply<T>(scores[b][n], q_[b][d], k[0], k[1]);
-            multiply<T>(scores[b][n + 1], q_[b][d], k[2], k[3]);
+            multiply<T>(scores[b][n], q[b], k[0], k[1]);
+            multiply<T>(scores[b][n + 1], q[b], k[2], k[3]);
           } else {
-            multiply_add<T>(scores[b][n], q_[b][d], k[0], k[1]);
-            multiply_add<T>(scores[b][n + 1], q_[b][d], k[2], k[3]);
+            multiply_add<T>(scores[b][n], q[b], k[0], k[1]);
+            multiply_add<T>(scores[b][n + 1], q[b], k[2], k[3]);
           }
         }
       }
@@ -222,29 +282,57 @@ class WarpRows {
     }
   }
 
+  template <int kBlock>
   __device__ void hide(Scores& scores, int first_column, int columns) const {
+    int first_row = first_row_;
+    // Else the prefixes are computed once and kept, for which the registers are too few.
+    asm volatile("" : "+r"(first_row));
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Rows beyond the end are taken for the last, so that their maxima are numbers.
+      const int row = min(first_row + kBlock * 16 + half * 8 + lane / 4, sequence_.length - 1);
+      // Columns of this lane from here on are hidden.
+      const int end = sequence_.prefix(row) - first_column - lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kPairs; ++n) {
+        if (left_out<true>(n, columns)) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (n * 8 + i >= end) scores[kBlock][n][2 * half + i] = -INFINITY;
+      }
+    }
+  }
+
+  // Whether probabilities of a row of the warp are too large, or no numbers.
+  __device__ static bool too_large(const float (&sums)[kBlocks][2]) {
+    bool found = false;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) found |= !(sums[b][half] <= kLargestSum);
+    return __any_sync(kFullWarp, found);
+  }
+
+  // The rows of this lane for which that holds: bit 2 * block + half, the same in the four lanes of a row.
+  __device__ static unsigned rows_too_large(const float (&sums)[kBlocks][2]) {
+    const int first_lane = static_cast<int>(threadIdx.x) % kLanes / 4 * 4;
+    unsigned found = 0;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // Columns of this lane from here on are hidden.
-        const int end = prefix_[b][half] - first_column;
-#pragma unroll
-        for (int n = 0; n < kPairs; ++n) {
-          if (left_out<true>(n, columns)) continue;
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (n * 8 + i >= end) scores[b][n][2 * half + i] = -INFINITY;
-        }
+        const unsigned votes = __ballot_sync(kFullWarp, !(sums[b][half] <= kLargestSum));
+        if ((votes >> first_lane & 15u) != 0) found |= 1u << (2 * b + half);
       }
+    return found;
   }
 
-  template <bool kMasked>
-  __device__ void raise_maximum(const Scores& scores, int columns) {
-    bool raised = false;
-    float larger[kBlocks][2];
+  // Raises the maxima of the rows in `rising` to those of the scores.
+  template <bool kMasked, int kFirst, int kStop>
+  __device__ void raise_maximum(const Scores& scores, int columns, unsigned rising) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int b = kFirst; b < kStop; ++b)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float most = scores[b][0][2 * half];
@@ -258,18 +346,9 @@ class WarpRows {
         if (!kBias) most *= scale_;
         const float before = largest_[b][half];
         // So put, a maximum that is no number is taken over.
-        larger[b][half] = most <= before + kSlack ? before : most;
-        raised |= !(most <= before + kSlack);
-      }
-    if (!__any_sync(kFullWarp, raised)) return;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // 1 for a row whose maximum stays, unless it has seen nothing yet.
-        const float factor =
-            larger[b][half] == largest_[b][half] ? 1.0f : exp2_approximate(largest_[b][half] - larger[b][half]);
-        largest_[b][half] = larger[b][half];
+        const bool stays = (rising >> (2 * b + half) & 1u) == 0 || most <= before;
+        const float factor = stays ? 1.0f : exp2_approximate(before - most);
+        if (!stays) largest_[b][half] = most;
         sum_[b][half] *= factor;
 #pragma unroll
         for (int d = 0; d < kDims; ++d) {
@@ -279,50 +358,51 @@ class WarpRows {
       }
   }
 
-  // Probabilities and their products with the values. Masked scores all go to the special-function unit, which makes 0
-  // of -infinity.
-  template <bool kMasked>
-  __device__ void multiply_values(Scores& scores, const unsigned char* values, int columns) {
-    const int lane_offset = lane_matrix_offset<Shape::kRowBytes>(false);
+  // Probabilities of the 16 columns from 8 * n on, as left operands of their products with values; adds to this lane's
+  // part of the sum of each row.
+  template <int kPolynomialEvery, int kFirst, int kStop>
+  __device__ void exponentiate(const Scores& scores, int n, uint32_t (&p)[kBlocks][4],
+                               float (&sums)[kBlocks][2]) const {
     const float unit = kBias ? 1.0f : scale_;
 #pragma unroll
-    for (int n = 0; n < kPairs; n += 2) {
-      if (left_out<kMasked>(n, columns)) continue;
-      uint32_t p[kBlocks][4];
+    for (int b = kFirst; b < kStop; ++b)
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
+      for (int r = 0; r < 4; ++r) {
+        const int half = r % 2, place = n + r / 2;
+        float pair[2];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int half = r % 2, place = n + r / 2;
-          float pair[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float exponent = fmaf(scores[b][place][2 * half + i], unit, -largest_[b][half]);
-            pair[i] = exp2_shared_out<kMasked ? 0 : Shape::kPolynomialEvery>(exponent, place * 4 + 2 * half + i);
-            sum_[b][half] += pair[i];
-          }
-          p[b][r] = pack_pair<T>(pair[0], pair[1]);
+        for (int i = 0; i < 2; ++i) {
+          const float exponent = fmaf(scores[b][place][2 * half + i], unit, -largest_[b][half]);
+          pair[i] = exp2_shared_out<kPolynomialEvery>(exponent, place * 4 + 2 * half + i);
+          sums[b][half] += pair[i];
         }
+        p[b][r] = pack_pair<T>(pair[0], pair[1]);
+        // Else the compiler packs only where the pair is used, and both numbers take a register until then.
+        asm volatile("" : "+r"(p[b][r]));
+      }
+  }
+
+  template <int kFirst, int kStop>
+  __device__ void multiply_values(const uint32_t (&p)[kBlocks][4], const unsigned char* values, int lane_offset,
+                                  int n) {
 #pragma unroll
-      for (int d = 0; d < kDims; d += 2) {
-        uint32_t v[4];
-        load_matrices_transposed(v, tile_matrix<Shape::kRowBytes>(values, lane_offset, n * 8, d / 2));
+    for (int d = 0; d < kDims; d += 2) {
+      uint32_t v[4];
+      load_matrices_transposed(v, tile_matrix<Shape::kRowBytes>(values, lane_offset, n * 8, d / 2));
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          multiply_add<T>(values_[b][d], p[b], v[0], v[1]);
-          multiply_add<T>(values_[b][d + 1], p[b], v[2], v[3]);
-        }
+      for (int b = kFirst; b < kStop; ++b) {
+        multiply_add<T>(values_[b][d], p[b], v[0], v[1]);
+        multiply_add<T>(values_[b][d + 1], p[b], v[2], v[3]);
       }
     }
   }
 
   Sequence sequence_;
   DistanceBias bias_;
+  unsigned char* queries_;
   int first_row_;
   float scale_;
-  uint32_t q_[kBlocks][kSize / 16][4];
   int position_[kBlocks][2];
-  int prefix_[kBlocks][2];
   float largest_[kBlocks][2];
   float sum_[kBlocks][2] = {};
   float values_[kBlocks][kDims][4] = {};

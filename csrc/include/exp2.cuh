@@ -4,12 +4,13 @@
 
 namespace minilm_fast::cuda {
 
-// 2^x for x up to 127 on the units of multiplication and addition, 2.7e-6 off at most (relative); below -126 it stays
-// near 2^-126. The polynomial has the least largest relative error on [-1/2, 1/2].
+// 2^x on the units of multiplication and addition, 2.7e-6 off at most (relative); exponents are cut off at -126 and
+// 127, so what is smaller or larger stays near these. The polynomial has the least largest relative error on [-1/2,
+// 1/2].
 __device__ inline float exp2_polynomial(float x) {
   // 1.5 * 2^23: what is added to it is rounded to an integer, which stands in its lowest bits.
   constexpr float kRounding = 12582912.0f;
-  const float bounded = fmaxf(x, -126.0f);
+  const float bounded = fminf(fmaxf(x, -126.0f), 127.0f);
   const float rounded = bounded + kRounding;
   const float rest = bounded - (rounded - kRounding);
   float y = fmaf(rest, 0.009570102207362652f, 0.05591785907745361f);
