@@ -9,6 +9,9 @@ import pytest
 from training_files import RUN, arguments, copy_model, write_examples
 
 from minilm_fast import run_seq2seq
+from minilm_fast.errors import UserError
+from minilm_fast.training.checkpointing import RunFolder
+from minilm_fast.training.history import History
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,22 @@ def test_dev_examples_are_spread_over_the_file(tmp_path: Path, most: int) -> Non
     assert len(chosen) == min(most, 40) and chosen[0] == 0
     steps = {later - earlier for earlier, later in zip(chosen, [*chosen[1:], 40], strict=True)}
     assert max(steps) - min(steps) <= 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"run": 5}', '{"run": [1]}', "\xff"])
+def test_a_run_that_cannot_be_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "ckpt-3").mkdir()
+    (tmp_path / "run.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"beside a run\.json that cannot be read"):
+        RunFolder(tmp_path).claim({"seed": 1}, overwrite=False)
+
+
+@pytest.mark.parametrize("records", ["5", "[5]", '[{"step": "x"}]', '[{"step": 1, "dev_loss": "low"}]', "[{}]", "null"])
+def test_a_history_that_cannot_be_read_counts_as_empty(tmp_path: Path, records: str) -> None:
+    path = tmp_path / "history.json"
+    path.write_text(f'{{"records": {records}}}')
+    history = History(path, "dev_loss")
+    history.load(3)
+    assert history.records == [] and history.best() is None
+    history.add({"step": 3, "dev_loss": 2.0})
+    assert json.loads(path.read_text())["best"] == {"step": 3, "metric": "dev_loss", "value": 2.0}

@@ -192,7 +192,7 @@ class RunFolder:
 
     def _difference(self, run: Mapping[str, Any]) -> str | None:
         try:
-            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["run"]
+            found = dict(json.loads((self.path / "run.json").read_text(encoding="utf-8"))["run"])
         except FileNotFoundError:
             return "of another program (no run.json)"
         except (OSError, ValueError, KeyError, TypeError):

@@ -37,7 +37,9 @@ class History:
         try:
             records = json.loads(self.path.read_text(encoding="utf-8"))["records"]
             self.records = [record for record in records if record["step"] <= step]
-        except (OSError, ValueError, KeyError, TypeError):
+            if not all(isinstance(value, (int, float)) for record in self.records for value in record.values()):
+                self.records = []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self.records = []
 
     def has(self, step: int) -> bool:
