@@ -56,6 +56,15 @@ def test_attention_masks(counts: tuple[list[int], ...], dtype: torch.dtype) -> N
     _attention(attention_cases.batch(ops.SequenceLayout.from_counts(*counts), 32, dtype, device="cuda"))
 
 
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_attention_small(size: int) -> None:
+    """Forward only, for compute-sanitizer."""
+    layout = ops.SequenceLayout.from_counts([70, 0, 1], [21, 5, 0], [21, 5, 0])
+    for bias in (None, 9):
+        case = attention_cases.batch(layout, size, torch.float16, bias=bias, device="cuda")
+        case.check(*torch.ops.minilm_fast.attention(*case.arguments()))
+
+
 @pytest.mark.parametrize("dtype", attention_cases.DTYPES)
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("bias", [None, 9])
