@@ -193,7 +193,7 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
   }
   if (q.numel() == 0) return out;
 
-  const DecodeKernels kernels = decode_kernels();
+  const DecodeKernels kernels = decode_kernels(problem);
   std::vector<DecodeGroup> groups = make_groups(problem, slots, steps, source_lengths, kernels.tile_rows);
   const int64_t count = static_cast<int64_t>(groups.size());
   std::vector<Tail> tails(count);
@@ -202,7 +202,9 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
       list_tail(groups[i], ancestors + groups[i].example * beams * problem.history_capacity, problem.history_capacity,
                 rows, tails[i]);
   });
-  const size_t bytes = sizeof(float) * static_cast<size_t>(decode_scratch(problem));
+  int64_t keys = 0;
+  for (const DecodeGroup& group : groups) keys = std::max(keys, group.length + group.tail_count);
+  const size_t bytes = sizeof(float) * static_cast<size_t>(kernels.scratch(problem, keys));
   // Pieces short enough to share out evenly and long enough for the prefetching to pay.
   const int64_t pairs = count * problem.heads;
   const int64_t piece = std::clamp<int64_t>(pairs / (4 * int64_t{at::get_num_threads()}), 1, problem.heads);

@@ -76,10 +76,10 @@ void store_source(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu
   problem.source_capacity = source_k.size(3);
   int32_t* lengths = source_lengths.data_ptr<int32_t>();
   for (int64_t i = 0; i < batch; ++i) lengths[slot[i]] = counts[i];
-  const DecodeKernels kernels = decode_kernels();
+  const StoreKernel store = store_kernel();
   run_tasks(batch * problem.heads, [&](int64_t i) {
     const int64_t sequence = i / problem.heads;
-    kernels.store(problem, starts[sequence], counts[sequence], slot[sequence], i % problem.heads);
+    store(problem, starts[sequence], counts[sequence], slot[sequence], i % problem.heads);
   });
 }
 

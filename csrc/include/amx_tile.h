@@ -97,6 +97,15 @@ inline BitVec to_words(Vec low, Vec high) {
                                                             kFirstOrBothOthers));
 }
 
+// 2^x to 7e-5 for x <= 0, of which no more is left in bf16.
+inline Vec exp2_to_bf16(Vec x) {
+  const Vec r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+  Vec p = r * 0.07802470028400421f + 0.2260674238204956f;
+  p = p * r + 0.695833146572113f;
+  p = p * r + 0.9999253153800964f;
+  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
+}
+
 // Scores of one row to probabilities, as words in the place of the first half of the scores; otherwise as
 // softmax_row. Their total is that of the numbers before rounding and before the factors, if there are any.
 inline void softmax_words(QueryTile& tile, int row, float* scores, int64_t visible, int64_t count, int64_t size,

@@ -5,6 +5,8 @@
 //
 // A row's result depends on the order of its own keys alone, never on the other rows of its tile.
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace minilm_fast {
@@ -44,21 +46,66 @@ struct KeyBlock {
   int64_t count;
 };
 
-// A block that comes from memory and is read once: while it is worked on, what lies so many bytes ahead of its keys
-// and values is fetched into the second-level cache.
+// Fetches the line of memory at an address, which need not belong to the process, into the second-level cache.
+inline void prefetch(intptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
+
+inline intptr_t address_of(const void* p) { return reinterpret_cast<intptr_t>(p); }
+
+// Memory that will be read next, which is fetched a little at a time while something else is worked on: some rows, and
+// then another piece. In the order in which it lies in memory, as the processor then helps.
+class Stream {
+ public:
+  Stream() = default;
+  Stream(const void* rows, int64_t count, int64_t stride, int64_t bytes, const void* last, int64_t last_bytes)
+      : row_(address_of(rows) - stride),
+        left_(count),
+        stride_(stride),
+        bytes_(bytes),
+        last_(address_of(last)),
+        last_bytes_(last_bytes) {}
+
+  // The next lines, if there are any.
+  void fetch(int64_t lines) {
+    for (; lines > 0; --lines, at_ += kLine) {
+      if (at_ >= end_ && !advance()) return;
+      prefetch(at_);
+    }
+  }
+
+  int64_t lines() const { return (left_ * bytes_ + last_bytes_) / kLine; }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  bool advance() {
+    if (left_ > 0) {
+      --left_;
+      row_ += stride_;
+      at_ = row_;
+      end_ = row_ + bytes_;
+    } else {
+      at_ = last_;
+      end_ = last_ + last_bytes_;
+      last_bytes_ = 0;
+    }
+    return at_ < end_;
+  }
+
+  intptr_t at_ = 0, end_ = 0, row_ = 0;
+  int64_t left_ = 0, stride_ = 0, bytes_ = 0;
+  intptr_t last_ = 0;
+  int64_t last_bytes_ = 0;
+};
+
+// A block with a stream that goes on as fast as the block is read.
 template <class Key, class Value>
 struct StreamedKeyBlock : KeyBlock<Key, Value> {
   static constexpr bool kStreamed = true;
-  int64_t keys_ahead, values_ahead;
+  Stream* stream;
 };
 
-// Fetches `Bytes` bytes from an address, which need not belong to the process.
-template <int64_t Bytes>
-inline void prefetch(intptr_t address) {
-  for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(address + i), 0, 2);
-}
-
-inline intptr_t address_of(const void* p) { return reinterpret_cast<intptr_t>(p); }
+template <class T, int Cols>
+constexpr int64_t kLinesOf = (Cols * kLanes * static_cast<int64_t>(sizeof(T)) + 63) / 64;
 
 template <int Rows, int Cols, class Block>
 inline void score_columns(QueryTile& tile, const Block& block, int64_t size, int64_t column) {
@@ -71,7 +118,7 @@ inline void score_columns(QueryTile& tile, const Block& block, int64_t size, int
     for (int64_t d = begin; d < end; ++d, query += kQueryStride, keys += block.key_stride) {
       Vec key[Cols];
       for (int c = 0; c < Cols; ++c) key[c] = load(keys + c * kLanes);
-      if constexpr (Block::kStreamed) prefetch<Cols * kLanes * sizeof(*keys)>(address_of(keys) + block.keys_ahead);
+      if constexpr (Block::kStreamed) block.stream->fetch(kLinesOf<std::decay_t<decltype(*keys)>, Cols>);
       for (int r = 0; r < Rows; ++r)
         for (int c = 0; c < Cols; ++c) sums[r][c] += query[r] * key[c];
     }
@@ -100,8 +147,7 @@ inline void add_value_columns(QueryTile& tile, const Block& block, int64_t width
     for (int64_t j = begin; j < end; ++j, values += block.value_stride, ++probability) {
       Vec value[Cols];
       for (int c = 0; c < Cols; ++c) value[c] = load(values + c * kLanes);
-      if constexpr (Block::kStreamed)
-        prefetch<Cols * kLanes * sizeof(*values)>(address_of(values) + block.values_ahead);
+      if constexpr (Block::kStreamed) block.stream->fetch(kLinesOf<std::decay_t<decltype(*values)>, Cols>);
       for (int r = 0; r < Rows; ++r)
         for (int c = 0; c < Cols; ++c) sums[r][c] += probability[r * kScoreStride] * value[c];
     }

@@ -15,15 +15,6 @@ inline __m512i to_bf16_pair(Vec first, Vec second) {
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
 }
 
-// 2^x to 7e-5 for x <= 0, of which no more is left in bf16.
-inline Vec exp2_to_bf16(Vec x) {
-  const Vec r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
-  Vec p = r * 0.07802470028400421f + 0.2260674238204956f;
-  p = p * r + 0.695833146572113f;
-  p = p * r + 0.9999253153800964f;
-  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
-}
-
 struct WholeBuffers {
   alignas(64) float scores[2 * kTileSide * kAmxScoreStride];  // then the probabilities
   alignas(64) float sums[4 * kTileWords];

@@ -50,23 +50,28 @@ struct StoreProblem {
 
 struct DecodeKernels {
   int tile_rows;  // the most rows of a group
+  // Floats of scratch memory, aligned to 64 bytes, that `attend` needs for groups of up to `keys` keys.
+  int64_t (*scratch)(const DecodeProblem&, int64_t keys);
   // Pairs (group, head), counted with the head running fastest: [begin, end) of `count` of them. In a row, because
   // while one is worked on the next one's source is fetched.
   void (*attend)(const DecodeProblem&, const DecodeGroup* groups, int64_t count, int64_t begin, int64_t end,
                  float* scratch);
-  void (*store)(const StoreProblem&, int64_t first, int64_t count, int64_t slot, int64_t head);
 };
+
+using StoreKernel = void (*)(const StoreProblem&, int64_t first, int64_t count, int64_t slot, int64_t head);
 
 DecodeKernels decode_kernels_default();
 DecodeKernels decode_kernels_avx2();
 DecodeKernels decode_kernels_avx512();
+DecodeKernels decode_kernels_amx();  // only if fits_tiles
 
-// Scratch memory, in floats, that `attend` needs with any instruction set (aligned to 64 bytes).
-static inline int64_t decode_scratch(const DecodeProblem& problem) {
-  constexpr int64_t kMostLanes = 16, kBlock = 512;
-  const int64_t width = (problem.size + kMostLanes - 1) / kMostLanes * kMostLanes;
-  const int64_t bias = problem.relative_bias == nullptr ? 0 : 2 * problem.distance_limit + 1 + 2 * kMostLanes;
-  return problem.size * (kBlock + kMostLanes) + kBlock * width + bias;
+StoreKernel store_kernel_default();
+StoreKernel store_kernel_avx2();
+StoreKernel store_kernel_avx512();
+
+// Whether the kernel on matrix tiles can do it.
+static inline bool fits_tiles(const DecodeProblem& problem) {
+  return problem.cache_bf16 && problem.size % 32 == 0 && problem.relative_bias == nullptr && problem.scale > 0;
 }
 
 }  // namespace minilm_fast
