@@ -1,7 +1,6 @@
 #include "packed_weight.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
@@ -10,6 +9,7 @@
 #include <cstring>
 
 #include "checks.h"
+#include "weight_memory.h"
 
 namespace minilm_fast {
 namespace {
@@ -83,7 +83,7 @@ at::Tensor pack_weight(const at::Tensor& weight, int64_t format_number) {
   TORCH_CHECK(format != Format::kInt8 || at::isfinite(w).all().item<bool>(),
               "pack_weight: weight must be finite to be packed as int8");
   const int64_t n = w.size(0), k = w.size(1);
-  at::Tensor blob = at::empty({blob_bytes(format, n, k)}, w.options().dtype(at::kByte));
+  at::Tensor blob = weight_memory(blob_bytes(format, n, k));
   char* base = static_cast<char*>(blob.data_ptr());
   Header header = {};
   std::memcpy(header.magic, kMagic, sizeof(kMagic));
