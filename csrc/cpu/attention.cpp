@@ -79,7 +79,7 @@ std::tuple<at::Tensor, at::Tensor> projected_attention(const at::Tensor& project
                                                        double scale, const std::optional<at::Tensor>& relative_bias,
                                                        const std::optional<at::Tensor>& position_ids, double dropout,
                                                        const std::optional<at::Tensor>& seed) {
-  const Projection parts = split_projection("projected_attention", projection, queries);
+  const Projection parts = checked_projection("projected_attention", projection, queries);
   return attention(parts.q, parts.k, parts.v, cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias,
                    position_ids, dropout, seed);
 }

@@ -106,13 +106,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> projected_attention_backward(
     int64_t max_seqlen, double scale, const Optional& relative_bias, const Optional& position_ids, double dropout,
     const Optional& seed, bool bias_gradient) {
   constexpr char kOp[] = "projected_attention_backward";
-  const Projection from = split_projection(kOp, projection, queries);
+  const Projection from = checked_projection(kOp, projection, queries);
   const AttentionOperands operands{from.q,     from.k, from.v,        cu_seqlens,   segments, cu_queries,
                                    max_seqlen, scale,  relative_bias, position_ids, dropout,  seed};
   const at::Tensor gradient = at::empty(projection.sizes(), projection.options());
   const at::Tensor own =
       queries.has_value() ? at::empty(queries->sizes(), queries->options()) : at::empty({0}, projection.options());
-  const Projection to = split_projection(kOp, gradient, queries.has_value() ? Optional(own) : std::nullopt);
+  const Projection to = split_projection(gradient, queries.has_value() ? Optional(own) : std::nullopt);
   const at::Tensor grad = with_contiguous_rows(grad_out);
   return {gradient, own, differentiate(kOp, {grad, out, lse}, operands, bias_gradient, to)};
 }

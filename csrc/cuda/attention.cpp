@@ -5,6 +5,7 @@
 
 #include "attention_cuda.h"
 #include "cuda_operator.h"
+#include "projection.h"
 
 namespace minilm_fast::cuda {
 namespace {
@@ -76,12 +77,12 @@ std::tuple<at::Tensor, at::Tensor> projected_attention(const at::Tensor& project
                                                        double scale, const std::optional<at::Tensor>& relative_bias,
                                                        const std::optional<at::Tensor>& position_ids, double dropout,
                                                        const std::optional<at::Tensor>& seed) {
-  const int64_t parts = queries.has_value() ? 2 : 3;
+  const int64_t parts = projection_parts(queries);
   TORCH_CHECK(projection.dim() == 4 && projection.size(1) == parts, "projected_attention: projection must be [tokens, ",
               parts, ", heads, head_dim], got ", projection.sizes());
-  const at::Tensor q = queries.has_value() ? *queries : projection.select(1, 0);
-  return attention(q, projection.select(1, parts - 2), projection.select(1, parts - 1), cu_seqlens, segments,
-                   cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed);
+  const Projection from = split_projection(projection, queries);
+  return attention(from.q, from.k, from.v, cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias,
+                   position_ids, dropout, seed);
 }
 
 }  // namespace

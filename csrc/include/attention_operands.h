@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "checks.h"
+#include "projection.h"
 
 namespace minilm_fast {
 
@@ -22,18 +23,10 @@ struct AttentionOperands {
   const std::optional<at::Tensor>& seed;
 };
 
-// Rows of [heads, size]: views of one tensor, but for queries of their own.
-struct Projection {
-  at::Tensor q, k, v;
-};
-
-// Splits [tokens, 3, heads, size], or [tokens, 2, heads, size] where the queries are apart.
-inline Projection split_projection(const char* op, const at::Tensor& projection,
-                                   const std::optional<at::Tensor>& queries) {
-  const int64_t parts = queries.has_value() ? 2 : 3;
-  check_shape(op, "projection", projection, {-1, parts, -1, -1});
-  return {queries.has_value() ? *queries : projection.select(1, 0), projection.select(1, parts - 2),
-          projection.select(1, parts - 1)};
+inline Projection checked_projection(const char* op, const at::Tensor& projection,
+                                     const std::optional<at::Tensor>& queries) {
+  check_shape(op, "projection", projection, {-1, projection_parts(queries), -1, -1});
+  return split_projection(projection, queries);
 }
 
 inline void check_rows(const char* op, const char* name, const at::Tensor& x, const at::Tensor& q, int64_t rows) {
