@@ -15,9 +15,7 @@
 #include <mutex>
 #include <unordered_map>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace minilm_fast {
 
@@ -25,7 +23,6 @@ namespace {
 
 // Smaller requests are the C library's: they cause no page faults worth mentioning.
 constexpr size_t kSmallest = size_t{1} << 20;
-constexpr size_t kHugePage = size_t{2} << 20;
 // A block serves requests down to this part of its size.
 constexpr size_t kLargestFit = 2;
 
@@ -61,7 +58,7 @@ class BlockAllocator final : public c10::Allocator {
  private:
   void* take(size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
-    const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const size_t rounded = round_to(bytes, kHugePage);
     auto found = free_.lower_bound(rounded);
     Block* block;
     if (found != free_.end() && found->first <= kLargestFit * rounded) {
@@ -81,27 +78,14 @@ class BlockAllocator final : public c10::Allocator {
     const size_t goal = std::max(peak_, used_ + bytes);
     const size_t most = goal + goal / 4;
     release(most > bytes ? most - bytes : 0);
-    void* data = map_aligned(bytes);
+    void* data = map_huge_pages(bytes);
     if (data == MAP_FAILED) {
       release(0);
-      data = map_aligned(bytes);
+      data = map_huge_pages(bytes);
     }
     TORCH_CHECK(data != MAP_FAILED, "not enough memory: you tried to allocate ", bytes, " bytes");
     held_ += bytes;
     return new Block{data, bytes, bytes};
-  }
-
-  // On a boundary of huge pages: elsewhere the system does not use them.
-  static void* map_aligned(size_t bytes) {
-    void* mapped =
-        mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped == MAP_FAILED) return mapped;
-    char* start = static_cast<char*>(mapped);
-    const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(start) % kHugePage) % kHugePage;
-    if (before > 0) munmap(start, before);
-    munmap(start + before + bytes, kHugePage - before);
-    madvise(start + before, bytes, MADV_HUGEPAGE);
-    return start + before;
   }
 
   // Returns free blocks to the system, the smallest first, until no more than `most` bytes are held.

@@ -7,54 +7,41 @@
 #include <memory>
 #include <mutex>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace minilm_fast {
 namespace {
 
 #if defined(__linux__)
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLine = 64;
-// Of addresses; a page takes memory once it is written to.
 constexpr size_t kRegion = size_t{64} << 20;
 
-size_t round_up(size_t bytes, size_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
-
-// Addresses that weights are cut from, one after the other; given back with the last of them.
+// Memory that weights are cut from, one after the other; given back with the last of them.
 class Region {
  public:
-  explicit Region(size_t bytes) : bytes_(bytes + kHugePage) {
-    mapped_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (!valid()) return;
-    const size_t before =
-        round_up(reinterpret_cast<uintptr_t>(mapped_), kHugePage) - reinterpret_cast<uintptr_t>(mapped_);
-    next_ = static_cast<char*>(mapped_) + before;
-    end_ = next_ + bytes;
-    madvise(next_, bytes, MADV_HUGEPAGE);
-  }
+  explicit Region(size_t bytes) : bytes_(round_to(bytes, kHugePage)), mapped_(map_huge_pages(bytes_)) {}
   ~Region() {
     if (valid()) munmap(mapped_, bytes_);
   }
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
 
-  bool valid() const { return mapped_ != MAP_FAILED; }
-
   // Null if there is no room.
   char* take(size_t bytes) {
-    if (!valid() || static_cast<size_t>(end_ - next_) < bytes) return nullptr;
-    char* taken = next_;
-    next_ += round_up(bytes, kLine);
+    const size_t wanted = round_to(bytes, kLine);
+    if (!valid() || bytes_ - used_ < wanted) return nullptr;
+    char* taken = static_cast<char*>(mapped_) + used_;
+    used_ += wanted;
     return taken;
   }
 
  private:
-  void* mapped_;
+  bool valid() const { return mapped_ != MAP_FAILED; }
+
   size_t bytes_;
-  char *next_ = nullptr, *end_ = nullptr;
+  void* mapped_;
+  size_t used_ = 0;
 };
 
 #endif
@@ -69,10 +56,10 @@ at::Tensor weight_memory(int64_t bytes) {
   static std::weak_ptr<Region> last;
   std::lock_guard<std::mutex> lock(mutex);
   std::shared_ptr<Region> region = last.lock();
-  const size_t wanted = round_up(static_cast<size_t>(bytes), kLine);
+  const size_t wanted = static_cast<size_t>(bytes);
   char* data = region == nullptr ? nullptr : region->take(wanted);
   if (data == nullptr) {
-    region = std::make_shared<Region>(std::max(kRegion, round_up(wanted, kHugePage)));
+    region = std::make_shared<Region>(std::max(kRegion, wanted));
     data = region->take(wanted);
     if (data != nullptr) last = region;
   }
