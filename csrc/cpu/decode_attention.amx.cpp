@@ -38,10 +38,6 @@ inline BitVec load_row(const Bf16* p, __mmask32 mask) {
   return reinterpret_cast<BitVec>(_mm512_maskz_loadu_epi16(mask, p));
 }
 
-__mmask32 first_of(int64_t count) {
-  return static_cast<__mmask32>(count >= kBlock ? ~0u : count <= 0 ? 0u : (1u << count) - 1u);
-}
-
 // Adds the products of 16 rows with both right operands to tiles 4 and 5, or in odd turns to tiles 6 and 7: a product
 // need not wait for the one before.
 inline void multiply(bool odd, const void* rows, int64_t row_bytes, const uint32_t* operands) {
@@ -154,7 +150,7 @@ class AmxDecodeHead : DecodeRows<T, Bf16> {
 
   // Dimensions [32 k, 32 k + 32) of the keys of a block as two right operands.
   void pack_source_keys(int64_t first, int64_t k, uint32_t* to) const {
-    const __mmask32 mask = first_of(p_.source_capacity - first);
+    const __mmask32 mask = first_bits<__mmask32>(p_.source_capacity - first);
     const Bf16* keys = source(p_.source_k) + k * kTileDepth * p_.source_capacity + first;
     for (int64_t i = 0; i < kTileSide; ++i, keys += 2 * p_.source_capacity, to += kTileSide) {
       const Bf16* next = keys + p_.source_capacity;

@@ -415,8 +415,8 @@ class AmxRelationHead : RelationRows {
     const int64_t i = t_.head * p_.tokens + t_.first + row;
     const Vec total_t = load(sums.total_t), total_s = load(sums.total_s), mean = load(sums.dot) / total_t;
     for (int half = 0; half < 2; ++half) {
-      const int first = half * kLanes / 2, left = count - first;
-      const auto mask = static_cast<__mmask8>(left >= kLanes / 2 ? 0xff : left <= 0 ? 0 : (1 << left) - 1);
+      const int first = half * kLanes / 2;
+      const __mmask8 mask = first_bits<__mmask8>(count - first);
       const __m512d log_t = logarithm(widen(total_t, half)), log_s = logarithm(widen(total_s, half));
       _mm512_mask_storeu_pd(p_.teacher.lse + i + first, mask, log_t);
       _mm512_mask_storeu_pd(p_.student.lse + i + first, mask, log_s);

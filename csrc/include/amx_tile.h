@@ -19,6 +19,14 @@ constexpr int64_t kAmxScoreStride = kAmxKeyBlock + kTileSide;
 // The intrinsics do not tell the compiler which memory they use.
 inline void memory_fence() { __asm__ volatile("" ::: "memory"); }
 
+// The first `count` bits of a mask, none of them or all where `count` is out of range.
+template <class Mask>
+inline Mask first_bits(int64_t count) {
+  constexpr int64_t kBits = 8 * sizeof(Mask);
+  if (count >= kBits) return static_cast<Mask>(~Mask{0});
+  return static_cast<Mask>(count <= 0 ? 0u : (1u << count) - 1u);
+}
+
 // Lane i of the result combines the lanes of vector i of 16.
 template <class Combine>
 inline Vec combine_rows(const Vec* rows, Combine combine) {
@@ -32,8 +40,7 @@ inline Vec combine_rows(const Vec* rows, Combine combine) {
 
 // Of the numbers from p on the first 16, or `count` if there are fewer, each in the lower half of a word.
 inline BitVec load_words(const Bf16* p, int64_t count = kLanes) {
-  const auto mask = static_cast<__mmask16>(count >= kLanes ? 0xffff : (1 << count) - 1);
-  return reinterpret_cast<BitVec>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)));
+  return reinterpret_cast<BitVec>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_bits<__mmask16>(count), p)));
 }
 
 inline BitVec load_bits(const uint32_t* p) {
@@ -49,7 +56,7 @@ inline void store_words(uint32_t* p, BitVec v) { std::memcpy(p, &v, sizeof(v)); 
 template <class Rows>
 inline void pack_rows(Rows rows, int64_t count, int64_t size, uint32_t* tiles) {
   for (int64_t d = 0; d < size; d += kTileDepth, tiles += kTileWords) {
-    const auto mask = static_cast<__mmask32>(size - d < kTileDepth ? (1u << (size - d)) - 1u : ~0u);
+    const __mmask32 mask = first_bits<__mmask32>(size - d);
     for (int64_t i = 0; i < count; ++i) {
       _mm512_storeu_si512(tiles + i * kTileSide, _mm512_maskz_loadu_epi16(mask, rows(i) + d));
       __builtin_prefetch(rows(i + kTileSide) + d);

@@ -98,12 +98,8 @@ struct SquareColumns {
   bool whole;
   __mmask16 masks[2];
 
-  explicit SquareColumns(int64_t count) : whole(count >= kSquareSide), masks{mask(count), mask(count - kTileSide)} {}
-
- private:
-  static __mmask16 mask(int64_t count) {
-    return static_cast<__mmask16>(count >= kTileSide ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
-  }
+  explicit SquareColumns(int64_t count)
+      : whole(count >= kSquareSide), masks{first_bits<__mmask16>(count), first_bits<__mmask16>(count - kTileSide)} {}
 };
 
 // Keeps the compiler from merging the product into what is done with it: of equal sides the difference of both products
