@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import decode_steps
@@ -13,6 +13,12 @@ from minilm_fast.ops import SequenceLayout
 
 Call = tuple[str, list[Any]]
 SEED = torch.tensor([12345])
+
+
+def check_calls(calls: Iterable[Call]) -> None:
+    """``opcheck`` of each call."""
+    for name, arguments in calls:
+        torch.library.opcheck(_operator(name).default, arguments)
 
 
 def _operator(name: str) -> Any:

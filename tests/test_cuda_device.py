@@ -11,7 +11,7 @@ import test_compile
 import torch
 from decode_steps import Shape
 from kernel_checks import assert_accurate
-from operator_calls import decoding_calls, training_calls
+from operator_calls import check_calls, decoding_calls, training_calls
 from test_pooled_search import SPECIAL, random_sources, small_model
 
 from minilm_fast import backend, ops
@@ -168,13 +168,11 @@ def test_decoding_gives_the_answers_of_the_cpu(options: dict[str, object]) -> No
 
 
 def test_operators_of_decoding() -> None:
-    for name, arguments in decoding_calls("cuda"):
-        torch.library.opcheck(getattr(torch.ops.minilm_fast, name).default, arguments)
+    check_calls(decoding_calls("cuda"))
 
 
 def test_operators_of_training() -> None:
-    for name, arguments in training_calls("triton_", "cuda"):
-        torch.library.opcheck(getattr(torch.ops.minilm_fast, name).default, arguments)
+    check_calls(training_calls("triton_", "cuda"))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
