@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_checks import threads
+from training_files import copy_model, write_examples
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -16,3 +18,12 @@ def one_thread() -> Iterator[None]:
     """For a whole module, its own fixtures included: the bits of a sum depend on the number of threads."""
     with threads(1):
         yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and data to train it."""
+    folder = tmp_path_factory.mktemp("training")
+    copy_model(folder / "model")
+    write_examples(folder / "train.jsonl")
+    return folder

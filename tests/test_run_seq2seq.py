@@ -6,21 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from training_files import RUN, arguments, copy_model, write_examples
+from training_files import RUN, arguments, copy_model
 
 from minilm_fast import run_seq2seq
 from minilm_fast.errors import UserError
 from minilm_fast.training.checkpointing import RunFolder
 from minilm_fast.training.history import History
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data."""
-    folder = tmp_path_factory.mktemp("training")
-    copy_model(folder / "model")
-    write_examples(folder / "train.jsonl")
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,6 @@ def _assert_equal(first: Path, second: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data."""
-    folder = tmp_path_factory.mktemp("training")
-    copy_model(folder / "model")
-    write_examples(folder / "train.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
     """The output folder of an undisturbed run; not to be changed."""
     assert main(arguments(place, place / "model", **RUN, output_dir=place / "finished")) == 0
