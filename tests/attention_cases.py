@@ -40,19 +40,38 @@ class Batch:
         return *self.operands, *sequences, self.scale, self.relative_bias, self.position_ids, 0.0, None
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._specified(torch.float64)
+        return self._specified(*(x.cpu().double() for x in self.operands))
 
     def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Holds the errors against fp64: to twice those of rounding probabilities and results to the type."""
         exact, exact_lse = self.exact()
         assert out.dtype == self.operands[0].dtype and lse.dtype == torch.float32
-        assert_accurate(out.cpu(), self._rounded(exact_lse), exact)
+        assert_accurate(out.cpu(), self._rounded(), exact)
         # Rounding the exponents to fp32, the special-function unit, and the polynomial.
         allowance = 8 * EPSILON * (1 + exact_lse.abs().max().item() if exact_lse.numel() else 1.0)
         assert_accurate(lse.cpu(), exact_lse.float(), exact_lse, allowance)
 
-    def _specified(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = (x.cpu().to(dtype) for x in self.operands)
+    def gradient(self) -> torch.Tensor:
+        """A random one of the result."""
+        shape, dtype = self.operands[0].shape, self.operands[0].dtype
+        generator = torch.Generator().manual_seed(shape.numel())
+        return torch.randn(shape, generator=generator).to(dtype).to(self.operands[0].device)
+
+    def check_gradients(self, grad_out: torch.Tensor, *found: torch.Tensor) -> None:
+        """Holds the errors against fp64: to twice those of rounding the operands of products and the results."""
+        leaves = [x.cpu().double().requires_grad_() for x in self.operands]
+        out, lse = self._specified(*leaves)
+        grad = grad_out.cpu().double()
+        # The specification does not tie what it returns for no rows to its operands.
+        exact = torch.autograd.grad(out + 0 * leaves[0], leaves, grad, allow_unused=True)
+        allowance = 8 * EPSILON * (1 + lse.abs().max().item() if lse.numel() else 1.0)
+        for ours, rounded, right, leaf in zip(found, self._rounded_gradients(grad, out), exact, leaves, strict=True):
+            assert ours.dtype == self.operands[0].dtype
+            right = torch.zeros_like(leaf) if right is None else right
+            size = right.abs().max().item() if right.numel() else 0.0
+            assert_accurate(ours.cpu(), rounded, right, allowance * size)
+
+    def _specified(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         bias, positions = self.relative_bias, self.position_ids
         return reference.attention(
             *(q, k, v, self.layout.to("cpu")),
@@ -61,27 +80,35 @@ class Batch:
             position_ids=None if positions is None else positions.cpu(),
         )
 
-    def _rounded(self, lse: torch.Tensor) -> torch.Tensor:
-        """The result from probabilities of the operands' type, by the specification's own mask and bias."""
-        dtype = self.operands[0].dtype
-        tokens, heads, size = self.operands[1].shape
-        total = torch.zeros(self.operands[0].shape, dtype=torch.float64)
+    def _probabilities(self) -> torch.Tensor:
+        """``[queries, heads, tokens]``, 0 in other sequences, by the specification's own mask and bias."""
+        q, k, _ = (x.cpu().double() for x in self.operands)
+        tokens, heads, size = k.shape
+        parts = [torch.zeros(*q.shape[:2], 0, dtype=torch.float64)]
         for start in range(0, tokens, size):
             # Probabilities come out where the values are rows of a unit matrix.
-            v = torch.zeros(tokens, heads, size)
             width = min(size, tokens - start)
+            v = torch.zeros_like(k)
             v[start : start + width] = torch.eye(width, size)[:, None]
-            q, k, _ = (x.cpu().double() for x in self.operands)
-            bias, positions = self.relative_bias, self.position_ids
-            p, _ = reference.attention(
-                *(q, k, v.double(), self.layout.to("cpu")),
-                scale=self.scale,
-                relative_bias=None if bias is None else bias.cpu(),
-                position_ids=None if positions is None else positions.cpu(),
-            )
-            values = self.operands[2][start : start + width].cpu().double()
-            total += torch.einsum("qhk,khd->qhd", p.to(dtype).double()[..., :width], values)
-        return total.to(dtype)
+            parts.append(self._specified(q, k, v)[0][..., :width])
+        return torch.cat(parts, -1)
+
+    def _rounded(self) -> torch.Tensor:
+        """The result from probabilities of the operands' type."""
+        dtype = self.operands[0].dtype
+        values = self.operands[2].cpu().double()
+        return torch.einsum("qhk,khd->qhd", self._probabilities().to(dtype).double(), values).to(dtype)
+
+    def _rounded_gradients(self, grad: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
+        """From probabilities, gradients of scores, and a result of the operands' type."""
+        dtype = self.operands[0].dtype
+        q, k, v = (x.cpu().double() for x in self.operands)
+        p = self._probabilities()
+        level = (grad * out.detach().to(dtype).double()).sum(-1, keepdim=True)
+        ds = (p * (torch.einsum("qhd,khd->qhk", grad, v) - level)).to(dtype).double()
+        dq = torch.einsum("qhk,khd->qhd", ds, k) * self.scale
+        dk = torch.einsum("qhk,qhd->khd", ds, q) * self.scale
+        return [x.to(dtype) for x in (dq, dk, torch.einsum("qhk,qhd->khd", p.to(dtype).double(), grad))]
 
 
 def batch(

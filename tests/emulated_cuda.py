@@ -27,7 +27,7 @@ import minilm_fast.ops  # noqa: F401 (defines the schemas)
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
 OPERATORS = (
-    *("attention", "projected_attention"),
+    *("attention", "attention_backward", "projected_attention", "projected_attention_backward"),
     *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "beam_step"),
 )
 COMPILER = os.environ.get("CXX", "g++")

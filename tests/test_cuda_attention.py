@@ -162,12 +162,18 @@ def test_what_it_cannot_do_has_a_reason(
         ops.attention(q, q, q, SequenceLayout.causal([3]), dropout=dropout, seed=torch.tensor([1]))
 
 
-def test_a_gradient_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_of_the_bias_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "unusable", lambda *_: None)
     monkeypatch.setattr(_triton, "unusable", lambda *_: "there is no triton")
-    device = torch.device("cuda")
-    assert _dispatch.unusable("cuda", "attention", device) is None
-    assert "Triton's, and there is no triton" in str(_dispatch.unusable("cuda", "attention", device, True))
+    layout = SequenceLayout.causal([3])
+    with FakeTensorMode(allow_non_fake_inputs=True), backend("cuda"):
+        q = torch.empty(3, 2, 32, dtype=torch.float16, device="cuda", requires_grad=True)
+        bias = torch.empty(2, 3, device="cuda", requires_grad=True)
+        options = {"relative_bias": bias, "position_ids": torch.empty(3, dtype=torch.int32, device="cuda")}
+        with torch.no_grad():
+            ops.attention(q, q, q, layout, **options)
+        with pytest.raises(UserError, match="gradient of the relative bias is Triton's, and there is no triton"):
+            ops.attention(q, q, q, layout, **options)
 
 
 Q = torch.zeros(3, 2, 32, dtype=torch.float16)

@@ -10,79 +10,175 @@
 namespace minilm_fast::cuda {
 namespace {
 
-void check_operands(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  check_tensor(op, "q", q, q, {at::kHalf, at::kBFloat16});
-  check_heads(op, "q", q);
-  check_tensor(op, "k", k, q, {q.scalar_type()});
-  check_shape(op, "k", k, {-1, q.size(1), q.size(2)});
-  check_tensor(op, "v", v, q, {q.scalar_type()});
-  check_shape(op, "v", v, k.sizes());
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The arguments that all operators here have behind their tensors.
+struct Options {
+  const at::Tensor &cu_seqlens, &segments;
+  const OptionalTensor& cu_queries;
+  int64_t max_seqlen;
+  double scale;
+  const OptionalTensor &relative_bias, &position_ids;
+  double dropout;
+};
+
+void check_operands(const char* op, const Projection& x) {
+  check_tensor(op, "q", x.q, x.q, {at::kHalf, at::kBFloat16});
+  check_heads(op, "q", x.q);
+  check_tensor(op, "k", x.k, x.q, {x.q.scalar_type()});
+  check_shape(op, "k", x.k, {-1, x.q.size(1), x.q.size(2)});
+  check_tensor(op, "v", x.v, x.q, {x.q.scalar_type()});
+  check_shape(op, "v", x.v, x.k.sizes());
 }
 
-std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_any, const at::Tensor& k_any, const at::Tensor& v_any,
-                                             const at::Tensor& cu_seqlens, const at::Tensor& segments,
-                                             const std::optional<at::Tensor>& cu_queries, int64_t max_seqlen,
-                                             double scale, const std::optional<at::Tensor>& relative_bias,
-                                             const std::optional<at::Tensor>& position_ids, double dropout,
-                                             const std::optional<at::Tensor>& seed) {
-  constexpr char kOp[] = "attention";
-  check_operands(kOp, q_any, k_any, v_any);
-  TORCH_CHECK(dropout == 0.0, kOp, ": the CUDA kernel has no dropout, got ", dropout);
-  TORCH_CHECK(relative_bias.has_value() == position_ids.has_value(), kOp,
+// All but the results and the tensors' addresses.
+Attention checked(const char* op, const Projection& x, const Options& options) {
+  check_operands(op, x);
+  TORCH_CHECK(options.dropout == 0.0, op, ": the CUDA kernel has no dropout, got ", options.dropout);
+  TORCH_CHECK(options.relative_bias.has_value() == options.position_ids.has_value(), op,
               ": relative_bias and position_ids go together");
-  const int64_t heads = q_any.size(1);
+  const int64_t heads = x.q.size(1);
   Attention p{};
-  p.segments = check_device_ints(kOp, "segments", segments, q_any, {-1, 3});
-  const int64_t batch = segments.size(0);
-  p.cu_seqlens = check_device_ints(kOp, "cu_seqlens", cu_seqlens, q_any, {batch + 1});
-  if (cu_queries.has_value()) p.cu_queries = check_device_ints(kOp, "cu_queries", *cu_queries, q_any, {batch + 1});
+  p.segments = check_device_ints(op, "segments", options.segments, x.q, {-1, 3});
+  const int64_t batch = options.segments.size(0);
+  p.cu_seqlens = check_device_ints(op, "cu_seqlens", options.cu_seqlens, x.q, {batch + 1});
+  if (options.cu_queries.has_value())
+    p.cu_queries = check_device_ints(op, "cu_queries", *options.cu_queries, x.q, {batch + 1});
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  TORCH_CHECK(max_seqlen >= 0 && max_seqlen <= kMost && k_any.size(0) <= kMost && batch <= 65535 && heads <= 65535, kOp,
-              ": the batch is too large: ", batch, " sequences of up to ", max_seqlen, " tokens, ", heads, " heads");
-  if (relative_bias.has_value()) {
-    set_relative_bias(kOp, *relative_bias, q_any, heads, p);
-    p.position_ids = check_device_ints(kOp, "position_ids", *position_ids, q_any, {k_any.size(0)});
+  TORCH_CHECK(options.max_seqlen >= 0 && options.max_seqlen <= kMost && x.k.size(0) <= kMost && batch <= 65535 &&
+                  heads <= 65535,
+              op, ": the batch is too large: ", batch, " sequences of up to ", options.max_seqlen, " tokens, ", heads,
+              " heads");
+  if (options.relative_bias.has_value()) {
+    set_relative_bias(op, *options.relative_bias, x.q, heads, p);
+    p.position_ids = check_device_ints(op, "position_ids", *options.position_ids, x.q, {x.k.size(0)});
   }
-
-  const Launching launching(q_any);
-  const at::Tensor q = aligned_rows(q_any), k = aligned_rows(k_any), v = aligned_rows(v_any);
-  at::Tensor out = at::empty(q.sizes(), q.options());
-  at::Tensor lse = at::empty({heads, q.size(0)}, q.options().dtype(at::kFloat));
-  p.dtype = q.scalar_type() == at::kHalf ? Dtype::kHalf : Dtype::kBFloat16;
-  p.q = q.const_data_ptr();
-  p.k = k.const_data_ptr();
-  p.v = v.const_data_ptr();
-  p.out = out.data_ptr();
-  p.lse = lse.data_ptr<float>();
-  p.q_token = q.stride(0);
-  p.q_head = q.stride(1);
-  p.k_token = k.stride(0);
-  p.k_head = k.stride(1);
-  p.v_token = v.stride(0);
-  p.v_head = v.stride(1);
+  p.dtype = x.q.scalar_type() == at::kHalf ? Dtype::kHalf : Dtype::kBFloat16;
   p.batch = static_cast<int32_t>(batch);
   p.heads = static_cast<int32_t>(heads);
-  p.size = static_cast<int32_t>(q.size(2));
-  p.max_seqlen = static_cast<int32_t>(max_seqlen);
-  p.queries = q.size(0);
-  p.scale = static_cast<float>(scale);
-  check_launch(kOp, launch_attention(p, launching.stream()));
+  p.size = static_cast<int32_t>(x.q.size(2));
+  p.max_seqlen = static_cast<int32_t>(options.max_seqlen);
+  p.queries = x.q.size(0);
+  p.scale = static_cast<float>(options.scale);
+  return p;
+}
+
+// The operands with rows that the kernels can copy, which must live until these are launched.
+Projection placed(const Projection& given, Attention& p) {
+  Projection x = {aligned_rows(given.q), aligned_rows(given.k), aligned_rows(given.v)};
+  p.q = x.q.const_data_ptr();
+  p.k = x.k.const_data_ptr();
+  p.v = x.v.const_data_ptr();
+  p.q_token = x.q.stride(0);
+  p.q_head = x.q.stride(1);
+  p.k_token = x.k.stride(0);
+  p.k_head = x.k.stride(1);
+  p.v_token = x.v.stride(0);
+  p.v_head = x.v.stride(1);
+  return x;
+}
+
+std::tuple<at::Tensor, at::Tensor> run(const char* op, const Projection& given, const Options& options) {
+  Attention p = checked(op, given, options);
+  const Launching launching(given.q);
+  const Projection x = placed(given, p);
+  at::Tensor out = at::empty(x.q.sizes(), x.q.options());
+  at::Tensor lse = at::empty({p.heads, p.queries}, x.q.options().dtype(at::kFloat));
+  p.out = out.data_ptr();
+  p.lse = lse.data_ptr<float>();
+  check_launch(op, launch_attention(p, launching.stream()));
   return {out, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor> projected_attention(const at::Tensor& projection,
-                                                       const std::optional<at::Tensor>& queries,
-                                                       const at::Tensor& cu_seqlens, const at::Tensor& segments,
-                                                       const std::optional<at::Tensor>& cu_queries, int64_t max_seqlen,
-                                                       double scale, const std::optional<at::Tensor>& relative_bias,
-                                                       const std::optional<at::Tensor>& position_ids, double dropout,
-                                                       const std::optional<at::Tensor>& seed) {
+// Writes the gradients of q, k and v, whose rows are those of new tensors.
+void differentiate(const char* op, const at::Tensor& grad_out, const Projection& given, const at::Tensor& out,
+                   const at::Tensor& lse, const Options& options, bool bias_gradient, const Projection& gradients) {
+  AttentionGradients p{};
+  p.forward = checked(op, given, options);
+  TORCH_CHECK(!bias_gradient, op, ": the CUDA kernel gives no gradient of relative_bias");
+  check_tensor(op, "grad_out", grad_out, given.q, {given.q.scalar_type()});
+  check_shape(op, "grad_out", grad_out, given.q.sizes());
+  check_tensor(op, "out", out, given.q, {given.q.scalar_type()});
+  check_shape(op, "out", out, given.q.sizes());
+  check_device_floats(op, "lse", lse, given.q, {p.forward.heads, p.forward.queries});
+
+  const Launching launching(given.q);
+  const Projection x = placed(given, p.forward);
+  const at::Tensor grad_rows = aligned_rows(grad_out), out_rows = aligned_rows(out);
+  at::Tensor statistics = at::empty({2, p.forward.heads, p.forward.queries}, lse.options());
+  p.forward.lse = lse.data_ptr<float>();
+  p.grad_out = grad_rows.const_data_ptr();
+  p.grad_token = grad_rows.stride(0);
+  p.grad_head = grad_rows.stride(1);
+  p.out = out_rows.const_data_ptr();
+  p.out_token = out_rows.stride(0);
+  p.out_head = out_rows.stride(1);
+  p.dq = gradients.q.data_ptr();
+  p.dk = gradients.k.data_ptr();
+  p.dv = gradients.v.data_ptr();
+  p.dq_token = gradients.q.stride(0);
+  p.dk_token = gradients.k.stride(0);
+  p.dv_token = gradients.v.stride(0);
+  p.statistics = statistics.data_ptr<float>();
+  check_launch(op, launch_attention_backward(p, launching.stream()));
+}
+
+at::Tensor no_bias_gradient(const at::Tensor& x) { return at::empty({0}, x.options().dtype(at::kFloat)); }
+
+std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                             const at::Tensor& cu_seqlens, const at::Tensor& segments,
+                                             const OptionalTensor& cu_queries, int64_t max_seqlen, double scale,
+                                             const OptionalTensor& relative_bias, const OptionalTensor& position_ids,
+                                             double dropout, const OptionalTensor& seed) {
+  return run("attention", {q, k, v},
+             {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout});
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
+    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
+    const at::Tensor& lse, const at::Tensor& cu_seqlens, const at::Tensor& segments, const OptionalTensor& cu_queries,
+    int64_t max_seqlen, double scale, const OptionalTensor& relative_bias, const OptionalTensor& position_ids,
+    double dropout, const OptionalTensor& seed, bool bias_gradient) {
+  const Projection gradients = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options()),
+                                at::empty(v.sizes(), v.options())};
+  differentiate("attention_backward", grad_out, {q, k, v}, out, lse,
+                {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout},
+                bias_gradient, gradients);
+  return {gradients.q, gradients.k, gradients.v, no_bias_gradient(q)};
+}
+
+Projection split(const char* op, const at::Tensor& projection, const OptionalTensor& queries) {
   const int64_t parts = projection_parts(queries);
-  TORCH_CHECK(projection.dim() == 4 && projection.size(1) == parts, "projected_attention: projection must be [tokens, ",
-              parts, ", heads, head_dim], got ", projection.sizes());
-  const Projection from = split_projection(projection, queries);
-  return attention(from.q, from.k, from.v, cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias,
-                   position_ids, dropout, seed);
+  TORCH_CHECK(projection.dim() == 4 && projection.size(1) == parts, op, ": projection must be [tokens, ", parts,
+              ", heads, head_dim], got ", projection.sizes());
+  return split_projection(projection, queries);
+}
+
+std::tuple<at::Tensor, at::Tensor> projected_attention(const at::Tensor& projection, const OptionalTensor& queries,
+                                                       const at::Tensor& cu_seqlens, const at::Tensor& segments,
+                                                       const OptionalTensor& cu_queries, int64_t max_seqlen,
+                                                       double scale, const OptionalTensor& relative_bias,
+                                                       const OptionalTensor& position_ids, double dropout,
+                                                       const OptionalTensor& seed) {
+  constexpr char kOp[] = "projected_attention";
+  return run(kOp, split(kOp, projection, queries),
+             {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout});
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> projected_attention_backward(
+    const at::Tensor& grad_out, const at::Tensor& projection, const OptionalTensor& queries, const at::Tensor& out,
+    const at::Tensor& lse, const at::Tensor& cu_seqlens, const at::Tensor& segments, const OptionalTensor& cu_queries,
+    int64_t max_seqlen, double scale, const OptionalTensor& relative_bias, const OptionalTensor& position_ids,
+    double dropout, const OptionalTensor& seed, bool bias_gradient) {
+  constexpr char kOp[] = "projected_attention_backward";
+  const Projection inputs = split(kOp, projection, queries);
+  at::Tensor whole = at::empty(projection.sizes(), projection.options());
+  OptionalTensor own;
+  if (queries.has_value()) own = at::empty(queries->sizes(), queries->options());
+  differentiate(kOp, grad_out, inputs, out, lse,
+                {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout},
+                bias_gradient, split(kOp, whole, own));
+  return {whole, own.has_value() ? *own : at::empty({0}, projection.options()), no_bias_gradient(projection)};
 }
 
 }  // namespace
@@ -90,5 +186,7 @@ std::tuple<at::Tensor, at::Tensor> projected_attention(const at::Tensor& project
 
 MINILM_FAST_CUDA_LIBRARY(m) {
   m.impl("attention", &minilm_fast::cuda::attention);
+  m.impl("attention_backward", &minilm_fast::cuda::attention_backward);
   m.impl("projected_attention", &minilm_fast::cuda::projected_attention);
+  m.impl("projected_attention_backward", &minilm_fast::cuda::projected_attention_backward);
 }

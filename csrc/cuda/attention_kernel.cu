@@ -9,50 +9,6 @@
 namespace minilm_fast::cuda {
 namespace {
 
-// Starts to copy kCount rows of a matrix from `first` on, of which `count` are there, to shared memory; the others
-// become zeros. A thread copies one chunk of every so many rows, and these lie so far apart that they are swizzled
-// alike.
-template <typename T, int kSize, int kCount>
-__device__ void stage_rows(const T* matrix, int64_t stride, int first, int count, unsigned char* shared) {
-  constexpr int kRowBytes = kSize * 2, kChunks = kRowBytes / 16, kApart = kAttentionThreads / kChunks;
-  static_assert(kApart % 8 == 0 && kCount % kApart == 0, "whole rounds of all threads");
-  int thread = threadIdx.x;
-  // Else what follows from it is computed once and kept, for which the registers are too few.
-  asm volatile("" : "+r"(thread));
-  const int row = thread / kChunks, chunk = thread % kChunks;
-  const T* from = matrix + (first + row) * stride + chunk * 8;
-  unsigned char* to = shared + chunk_offset<kRowBytes>(row, chunk);
-#pragma unroll
-  for (int i = 0; i < kCount; i += kApart) {
-    copy_async(to + i * kRowBytes, from, row + i < count);
-    from += kApart * stride;
-  }
-}
-
-// Keys and values of a head, from a column of a sequence on.
-template <typename T, int kSize>
-__device__ void stage_columns(const Attention& p, const Sequence& sequence, int head, int column,
-                              unsigned char* stage) {
-  constexpr int kColumns = kAttentionColumns;
-  const int first = sequence.first + column, count = sequence.length - column;
-  stage_rows<T, kSize, kColumns>(static_cast<const T*>(p.k) + head * p.k_head, p.k_token, first, count, stage);
-  stage_rows<T, kSize, kColumns>(static_cast<const T*>(p.v) + head * p.v_head, p.v_token, first, count,
-                                 stage + kColumns * kSize * 2);
-}
-
-// From shared memory to the result, whose row 0 of the sequence `out` points at.
-template <typename T, int kSize, int kCount>
-__device__ void store_rows(const unsigned char* shared, T* out, int64_t stride, int first_row, int length) {
-  constexpr int kRowBytes = kSize * 2, kChunks = kRowBytes / 16;
-#pragma unroll
-  for (int i = static_cast<int>(threadIdx.x) % kLanes; i < kCount * kChunks; i += kLanes) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    if (first_row + row >= length) continue;
-    const auto* from = reinterpret_cast<const uint4*>(shared + chunk_offset<kRowBytes>(row, chunk));
-    *reinterpret_cast<uint4*>(out + (first_row + row) * stride + chunk * 8) = *from;
-  }
-}
-
 template <typename T, int kSize, bool kBias>
 __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias>::kResident)
     attention_forward_kernel(Attention p) {
@@ -65,17 +21,16 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias
   unsigned char* shared = shared_memory();
 
   unsigned char* queries = shared + 2 * Shape::kStageBytes;
-  stage_rows<T, kSize, Shape::kRows>(static_cast<const T*>(p.q) + head * p.q_head, p.q_token,
-                                     sequence.shift + block_row, sequence.length - block_row, queries);
-  if (columns > 0) stage_columns<T, kSize>(p, sequence, head, 0, shared);
+  const HeadRows<T> k = head_rows<T>(p.k, p.k_token, p.k_head, head), v = head_rows<T>(p.v, p.v_token, p.v_head, head);
+  stage_rows<T, kSize, Shape::kRows>(head_rows<T>(p.q, p.q_token, p.q_head, head), sequence.shift + block_row,
+                                     sequence.length - block_row, queries);
+  if (columns > 0) stage_tile<T, kSize>(k, v, sequence.first, sequence.length, shared);
   commit_copies();
   wait_copies<0>();
   __syncthreads();
 
   DistanceBias bias = {};
-  if (kBias)
-    bias = {p.relative_bias + static_cast<int64_t>(head) * (2 * p.distance_limit + 1) + p.distance_limit,
-            p.position_ids + sequence.first, p.distance_limit};
+  if (kBias) bias = distance_bias(p, head, sequence.first);
   const int first_row = block_row + warp * Shape::kWarpRows;
   const int stop = min(first_row + Shape::kWarpRows, sequence.length);
   int most = 0, least = 0;  // a warp beyond the end sees nothing
@@ -85,9 +40,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias
   }
   WarpRows<T, kSize, kBias> rows(sequence, first_row, p.scale * kLog2OfE, bias,
                                  queries + warp * Shape::kWarpRows * Shape::kRowBytes);
-  if (stop > sequence.end)
-    rows.see_themselves(static_cast<const T*>(p.k) + head * p.k_head, p.k_token,
-                        static_cast<const T*>(p.v) + head * p.v_head, p.v_token);
+  if (stop > sequence.end) rows.see_themselves(k, v);
 
 #pragma unroll 1
   for (int column = 0; column < columns; column += Shape::kColumns) {
@@ -95,11 +48,13 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias
     // Also: all warps are done with what the next copies replace.
     __syncthreads();
     const int odd = column / Shape::kColumns % 2;
-    if (column + Shape::kColumns < columns)
-      stage_columns<T, kSize>(p, sequence, head, column + Shape::kColumns, shared + (1 - odd) * Shape::kStageBytes);
+    const int next = column + Shape::kColumns;
+    if (next < columns)
+      stage_tile<T, kSize>(k, v, sequence.first + next, sequence.length - next,
+                           shared + (1 - odd) * Shape::kStageBytes);
     commit_copies();
     const unsigned char* stage = shared + odd * Shape::kStageBytes;
-    if (column + Shape::kColumns <= least)
+    if (next <= least)
       rows.add_full(stage, column);
     else if (column < most)
       rows.add_partial(stage, column, most - column);

@@ -15,7 +15,7 @@ struct Attention {
   Dtype dtype;  // fp16 or bf16
   const void *q, *k, *v;
   void* out;   // [queries, heads, size]
-  float* lse;  // [heads, queries]
+  float* lse;  // [heads, queries]; the backward pass only reads it
   int64_t q_token, q_head, k_token, k_head, v_token, v_head;
   const int32_t* cu_seqlens;    // [batch + 1]
   const int32_t* segments;      // [batch, 3]
@@ -28,7 +28,19 @@ struct Attention {
   float scale;
 };
 
+// The backward pass: gradients of q, k and v. Rows of grad_out and out start at multiples of 16 bytes as well; the
+// heads of a gradient's row lie one behind the other.
+struct AttentionGradients {
+  Attention forward;  // its arguments and what it left; it writes no results here
+  const void *grad_out, *out;
+  int64_t grad_token, grad_head, out_token, out_head;
+  void *dq, *dk, *dv;
+  int64_t dq_token, dk_token, dv_token;
+  float* statistics;  // [2, heads, queries]: room for what the kernel of rows leaves to that of columns
+};
+
 // Head sizes 32, 64 and 128; cudaErrorInvalidValue for others and for fp32.
 cudaError_t launch_attention(const Attention& problem, cudaStream_t stream);
+cudaError_t launch_attention_backward(const AttentionGradients& problem, cudaStream_t stream);
 
 }  // namespace minilm_fast::cuda

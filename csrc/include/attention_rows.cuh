@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "attention_mask.cuh"
+#include "attention_tiles.cuh"
 #include "cuda_device.cuh"
 #include "exp2.cuh"
 
@@ -11,11 +12,6 @@
 // (`half` 0) and of row i / 4 + 8 (`half` 1) of each block of 16 rows.
 namespace minilm_fast::cuda {
 
-constexpr int kAttentionWarps = 4;
-constexpr int kAttentionThreads = kAttentionWarps * kLanes;
-constexpr int kAttentionColumns = 64;  // of a tile
-constexpr float kLog2OfE = 1.44269504088896340736f;
-constexpr float kLogOf2 = 0.69314718055994530942f;
 // Of a lane's probabilities of a row in a tile. What is taken off the exponents has no effect on a result but for
 // overflow, and the largest number of fp16 is just below 2^16.
 constexpr float kLargestSum = 32768.0f;
@@ -37,34 +33,6 @@ struct AttentionShape {
   // Two stages and the queries; the results take the place of the first stage.
   static constexpr int kSharedBytes = 2 * kStageBytes + kRows * kRowBytes;
   static_assert(kRows * kRowBytes <= kStageBytes, "room for the results");
-};
-
-// Where load_matrices finds [16 rows, 16 columns] of a tile: `step` counts 16 columns, `row` is a multiple of 8, and
-// `lane_offset` is chunk_offset of what this lane names of the first matrix.
-template <int kRowBytes>
-__device__ inline const unsigned char* tile_matrix(const unsigned char* tile, int lane_offset, int row, int step) {
-  return tile + (lane_offset ^ (step * 32)) + row * kRowBytes;
-}
-
-template <int kRowBytes>
-__device__ inline int lane_matrix_offset(bool swapped) {
-  int lane = static_cast<int>(threadIdx.x) % kLanes;
-  // Else the offset is computed once and kept, for which the registers are too few.
-  asm volatile("" : "+r"(lane));
-  const int upper = lane / 16, odd = lane / 8 % 2;
-  return chunk_offset<kRowBytes>((swapped ? upper : odd) * 8 + lane % 8, swapped ? odd : upper);
-}
-
-// The relative bias of a head; `table` points at distance 0, `positions` at the first token of the sequence.
-struct DistanceBias {
-  const float* table;
-  const int32_t* positions;
-  int limit;
-
-  __device__ float operator()(int row_position, int column_position) const {
-    const int distance = column_position - row_position;
-    return table[min(max(distance, -limit), limit)] * kLog2OfE;
-  }
 };
 
 template <typename T, int kSize, bool kBias>
@@ -95,9 +63,8 @@ class WarpRows {
       }
   }
 
-  // What pseudo rows see of themselves, before anything else; `k` and `v` are this head's of the sequence's first
-  // token.
-  __device__ void see_themselves(const T* k, int64_t k_token, const T* v, int64_t v_token) {
+  // What pseudo rows see of themselves, before anything else; rows of `k` and `v` are tokens.
+  __device__ void see_themselves(const HeadRows<T>& k, const HeadRows<T>& v) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes, column = lane % 4 * 2;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
@@ -105,25 +72,16 @@ class WarpRows {
       for (int half = 0; half < 2; ++half) {
         const bool own = row(b, half) >= sequence_.end && row(b, half) < sequence_.length;
         const int64_t token = sequence_.first + (own ? row(b, half) : 0);
-        float score = 0.0f;
-#pragma unroll
-        for (int d = 0; d < kDims; ++d) {
-          const int place = chunk_offset<Shape::kRowBytes>(b * 16 + half * 8 + lane / 4, d) + lane % 4 * 4;
-          const float2 query = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(queries_ + place));
-          const float2 key = pair_at(k + token * k_token + d * 8 + column);
-          score = fmaf(query.x, key.x, fmaf(query.y, key.y, score));
-        }
-        score += __shfl_xor_sync(kFullWarp, score, 1);
-        score += __shfl_xor_sync(kFullWarp, score, 2);
+        const int place = b * 16 + half * 8 + lane / 4;
+        float score = multiply_row<T, kSize>(queries_, place, k.data + token * k.stride) * scale_;
         if (!own) continue;
-        score *= scale_;
         if (kBias) score += bias_.table[0] * kLog2OfE;
         largest_[b][half] = score;
         // The lanes of a row hold parts of its sum.
         sum_[b][half] = lane % 4 == 0 ? 1.0f : 0.0f;
 #pragma unroll
         for (int d = 0; d < kDims; ++d) {
-          const float2 value = pair_at(v + token * v_token + d * 8 + column);
+          const float2 value = pair_at(v.data + token * v.stride + d * 8 + column);
           values_[b][d][2 * half] = value.x;
           values_[b][d][2 * half + 1] = value.y;
         }
@@ -145,7 +103,7 @@ class WarpRows {
     const int lane_offset = lane_matrix_offset<Shape::kRowBytes>(false);
 #pragma unroll
     for (int n = 0; n < kPairs; n += 2)
-      multiply_values<0, kBlocks>(p[n / 2], stage + Shape::kMatrixBytes, lane_offset, n);
+      add_products<T, 0, kBlocks>(values_, p[n / 2], stage + Shape::kMatrixBytes, lane_offset, n * 8);
   }
 
   // Adds columns of which not all rows see all; none sees more than the first `columns`. Block after block, since masks
@@ -160,22 +118,17 @@ class WarpRows {
   __device__ void finish(unsigned char* shared, float* lse) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int b = 0; b < kBlocks; ++b) {
+      float inverse[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float sum = sum_[b][half];
-        sum += __shfl_xor_sync(kFullWarp, sum, 1);
-        sum += __shfl_xor_sync(kFullWarp, sum, 2);
-        const float inverse = 1.0f / sum;
-        const int place = b * 16 + half * 8 + lane / 4;
-#pragma unroll
-        for (int d = 0; d < kDims; ++d) {
-          const uint32_t pair = pack_pair<T>(values_[b][d][2 * half] * inverse, values_[b][d][2 * half + 1] * inverse);
-          memcpy(shared + chunk_offset<Shape::kRowBytes>(place, d) + lane % 4 * 4, &pair, sizeof(pair));
-        }
+        const float sum = sum_of_row(sum_[b][half]);
+        inverse[half] = 1.0f / sum;
         if (lane % 4 == 0 && row(b, half) < sequence_.length)
           lse[row(b, half)] = (largest_[b][half] + log2f(sum)) * kLogOf2;
       }
+      put_sums<T>(values_[b], inverse[0], inverse[1], shared, b * 16);
+    }
   }
 
  private:
@@ -190,8 +143,6 @@ class WarpRows {
       words[i] = (words[i] ^ 0x80008000u) & kept;
     __syncwarp();
   }
-
-  __device__ static float2 pair_at(const T* place) { return unpack_pair<T>(*reinterpret_cast<const uint32_t*>(place)); }
 
   // Of a tile that is masked, whether the 16 columns to which those from 8 * n on belong are not looked at.
   template <bool kMasked>
@@ -213,7 +164,7 @@ class WarpRows {
       if (left_out<true>(n, columns)) continue;
       uint32_t p[kBlocks][4];
       exponentiate<0, kBlock, kBlock + 1>(scores, n, p, sum_);
-      multiply_values<kBlock, kBlock + 1>(p, stage + Shape::kMatrixBytes, lane_offset, n);
+      add_products<T, kBlock, kBlock + 1>(values_, p, stage + Shape::kMatrixBytes, lane_offset, n * 8);
     }
   }
 
@@ -380,21 +331,6 @@ class WarpRows {
         // Else the compiler packs only where the pair is used, and both numbers take a register until then.
         asm volatile("" : "+r"(p[b][r]));
       }
-  }
-
-  template <int kFirst, int kStop>
-  __device__ void multiply_values(const uint32_t (&p)[kBlocks][4], const unsigned char* values, int lane_offset,
-                                  int n) {
-#pragma unroll
-    for (int d = 0; d < kDims; d += 2) {
-      uint32_t v[4];
-      load_matrices_transposed(v, tile_matrix<Shape::kRowBytes>(values, lane_offset, n * 8, d / 2));
-#pragma unroll
-      for (int b = kFirst; b < kStop; ++b) {
-        multiply_add<T>(values_[b][d], p[b], v[0], v[1]);
-        multiply_add<T>(values_[b][d + 1], p[b], v[2], v[3]);
-      }
-    }
   }
 
   Sequence sequence_;

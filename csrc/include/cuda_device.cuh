@@ -81,6 +81,13 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
                : "memory");
 }
 
+// The same with 4 bytes.
+__device__ inline void copy_word_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 // Closes the group of the copies started since the last one.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
@@ -145,6 +152,31 @@ __device__ inline void multiply<__nv_bfloat16>(float (&product)[4], const uint32
       "{%10, %10, %10, %10};\n"
       : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+// sum = start + a b.
+template <typename T>
+__device__ void multiply_onto(float (&sum)[4], const float (&start)[4], const uint32_t (&a)[4], uint32_t b0,
+                              uint32_t b1);
+template <>
+__device__ inline void multiply_onto<__half>(float (&sum)[4], const float (&start)[4], const uint32_t (&a)[4],
+                                             uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};\n"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(start[0]), "f"(start[1]), "f"(start[2]),
+        "f"(start[3]));
+}
+template <>
+__device__ inline void multiply_onto<__nv_bfloat16>(float (&sum)[4], const float (&start)[4], const uint32_t (&a)[4],
+                                                    uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};\n"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(start[0]), "f"(start[1]), "f"(start[2]),
+        "f"(start[3]));
 }
 
 // 2^x, wrong by 2^-22 at most (relative); results below 2^-126 are 0.

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from minilm_fast.ops._compile import constant
 
-TRITON_BACKWARD = {"attention", "projected_attention"}
-"""The operators whose C++ kernel leaves what Triton's backward needs."""
+DIFFERENTIABLE = {"attention", "projected_attention"}
+"""The operators with C++ kernels of the backward pass too."""
 KERNELS = {
-    *TRITON_BACKWARD,
+    *DIFFERENTIABLE,
     *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "beam_step"),
 }
 """The operators with C++ kernels."""

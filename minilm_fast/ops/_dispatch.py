@@ -90,11 +90,8 @@ def unusable(name: str, operator: str, device: torch.device, needs_grad: bool = 
     if name == "cuda":
         if operator in _cuda.KERNELS and device.type == "cuda" and EXTENSION_ERROR is not None:
             return EXTENSION_ERROR
-        if operator in _cuda.KERNELS and needs_grad:
-            if operator not in _cuda.TRITON_BACKWARD:
-                return f"the CUDA kernel of {operator} has no backward and a gradient is asked for"
-            if (reason := _triton.unusable(operator, device)) is not None:
-                return f"a gradient is asked for, which is Triton's, and {reason}"
+        if operator in _cuda.KERNELS - _cuda.DIFFERENTIABLE and needs_grad:
+            return f"the CUDA kernel of {operator} has no backward and a gradient is asked for"
         return _cuda.unusable(operator, device)
     if device.type != "cpu":
         return f"the tensors are on {device.type}"

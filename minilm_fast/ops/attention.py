@@ -174,13 +174,8 @@ _triton_op, _triton_backward_op, _triton_projected_op, _triton_projected_backwar
         (_PROJECTED_BACKWARD_SCHEMA, _fake_projected_backward),
     )
 )
-
-# The C++ kernel for CUDA is one of the forward pass; what it leaves is what Triton's of the backward pass want.
-for _name, _operator in (
-    ("attention_backward", _triton_backward_op),
-    ("projected_attention_backward", _triton_projected_backward_op),
-):
-    LIBRARY.impl(_name, _operator, "CUDA")
+_BIAS_GRADIENT = {_backward_op: _triton_backward_op, _projected_backward_op: _triton_projected_backward_op}
+"""What gives the gradient of the bias on CUDA, where the C++ kernels do not: they leave what Triton's want."""
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -199,6 +194,8 @@ def _gradients(ctx: Any, operator: Any, operands: int, grad_out: torch.Tensor | 
     *saved, out, lse = ctx.saved_tensors
     arguments = [n if t is None else t for t, n in zip(saved, ctx.numbers, strict=True)]
     bias_gradient = ctx.needs_input_grad[operands + _BIAS]
+    if bias_gradient and grad_out.device.type == "cuda":
+        operator = _BIAS_GRADIENT.get(operator, operator)
     *found, bias = operator(grad_out, *arguments[:operands], out, lse, *arguments[operands:], bias_gradient)
     gradients = [g if a is not None else None for g, a in zip(found, arguments, strict=False)]
     gradients += [None] * (count - operands)
@@ -258,7 +255,7 @@ def attention(
     _check(q, k, v, layout, dropout, seed)
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
-    backend = select("attention", q, k, v, relative_bias, refusals=_refusals(q, dropout))
+    backend = select("attention", q, k, v, relative_bias, refusals=_refusals(q, relative_bias, dropout))
     run = {"reference": _reference, "triton": _triton_op}.get(backend, _op)
     out, lse = run(q, k, v, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
     return out, lse.detach()
@@ -294,14 +291,20 @@ def projected_attention(
     _check(q, k, v, layout, dropout, seed)
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
-    backend = select("projected_attention", projection, queries, relative_bias, refusals=_refusals(q, dropout))
+    refusals = _refusals(q, relative_bias, dropout)
+    backend = select("projected_attention", projection, queries, relative_bias, refusals=refusals)
     run = {"reference": _reference_projected, "triton": _triton_projected_op}.get(backend, _projected_op)
     out, lse = run(projection, queries, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
     return out, lse.detach()
 
 
-def _refusals(q: torch.Tensor, dropout: float) -> dict[str, str | None]:
-    return _triton.refuse_attention(q) | _cuda.refuse_attention(q, dropout)
+def _refusals(q: torch.Tensor, relative_bias: torch.Tensor | None, dropout: float) -> dict[str, str | None]:
+    refusals = _triton.refuse_attention(q) | _cuda.refuse_attention(q, dropout)
+    if refusals["cuda"] is None and relative_bias is not None and relative_bias.requires_grad:
+        reason = _triton.unusable("attention", q.device) if torch.is_grad_enabled() else None
+        if reason is not None:
+            refusals["cuda"] = f"the gradient of the relative bias is Triton's, and {reason}"
+    return refusals
 
 
 def _arguments(

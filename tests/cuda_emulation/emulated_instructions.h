@@ -8,7 +8,7 @@
 // The instructions of csrc/include/cuda_device.cuh that have no C++ form.
 namespace emulation {
 
-void copy_async(void* shared, const void* global, bool valid);
+void copy_async(void* shared, const void* global, int bytes, bool valid);
 void commit_copies();
 void wait_copies(int pending);
 
@@ -79,7 +79,12 @@ void multiply_all(const unsigned char* inputs, unsigned char* outputs) {
 namespace minilm_fast::cuda {
 
 inline unsigned char* shared_memory() { return emulation::shared_memory(); }
-inline void copy_async(void* shared, const void* global, bool valid) { emulation::copy_async(shared, global, valid); }
+inline void copy_async(void* shared, const void* global, bool valid) {
+  emulation::copy_async(shared, global, 16, valid);
+}
+inline void copy_word_async(void* shared, const void* global, bool valid) {
+  emulation::copy_async(shared, global, 4, valid);
+}
 inline void commit_copies() { emulation::commit_copies(); }
 template <int kPending>
 void wait_copies() {
@@ -98,6 +103,12 @@ template <typename T>
 void multiply(float (&product)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   for (float& x : product) x = 0.0f;
   multiply_add<T>(product, a, b0, b1);
+}
+
+template <typename T>
+void multiply_onto(float (&sum)[4], const float (&start)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  for (int i = 0; i < 4; ++i) sum[i] = start[i];
+  multiply_add<T>(sum, a, b0, b1);
 }
 
 inline float exp2_approximate(float x) {

@@ -26,6 +26,7 @@ constexpr size_t kAlignment = 128;
 struct Copy {
   void* shared;
   const void* global;
+  int bytes;
   bool valid;
 };
 
@@ -167,10 +168,11 @@ void exchange(const char* kind, const void* input, size_t input_bytes, void* out
   if (output_bytes > 0) std::memcpy(output, warp.outputs + lane * kExchangeBytes, output_bytes);
 }
 
-void copy_async(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) report("an asynchronous copy goes to an unaligned address");
-  if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) report("an asynchronous copy is from an unaligned one");
-  current->copies.back().push_back({shared, global, valid});
+void copy_async(void* shared, const void* global, int bytes, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0) report("an asynchronous copy goes to an unaligned address");
+  if (valid && reinterpret_cast<uintptr_t>(global) % bytes != 0)
+    report("an asynchronous copy is from an unaligned one");
+  current->copies.back().push_back({shared, global, bytes, valid});
 }
 
 void commit_copies() { current->copies.emplace_back(); }
@@ -182,9 +184,9 @@ void wait_copies(int pending) {
   for (size_t i = 0; i < finished; ++i)
     for (const Copy& copy : groups[i]) {
       if (copy.valid)
-        std::memcpy(copy.shared, copy.global, 16);
+        std::memcpy(copy.shared, copy.global, copy.bytes);
       else
-        std::memset(copy.shared, 0, 16);
+        std::memset(copy.shared, 0, copy.bytes);
     }
   groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(finished));
 }

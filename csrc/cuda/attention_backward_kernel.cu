@@ -1,0 +1,217 @@
+#include "attention_cuda.h"
+#include "attention_gradients.cuh"
+#include "cuda_device.cuh"
+
+// Two kernels, each gradient owned by one of them. One takes rows as the forward pass does and gives their gradients of
+// q; it also leaves two numbers a row to the other, which takes columns, visits the rows that see one of them, and
+// gives the gradients of k and v. While a tile is used, the next one is on its way. A warp leaves out the tiles in
+// which it has nothing to do, and applies the mask only where not all rows see all columns.
+namespace minilm_fast::cuda {
+namespace {
+
+template <typename T, int kSize, bool kBias>
+struct RowKernel {
+  using Shape = GradientShape<kSize, kBias>;
+  static constexpr int kWarpRows = 16 * Shape::kRowBlocks;
+  static constexpr int kRows = kAttentionWarps * kWarpRows;
+  static constexpr int kResident = kSize == 32 ? 3 : 2;  // blocks of threads that are to fit on a multiprocessor
+  static constexpr int kStageBytes = Shape::kTileBytes;
+  static constexpr int kSharedBytes = 2 * kStageBytes + 2 * kRows * Shape::kRowBytes;
+};
+
+template <typename T, int kSize, bool kBias>
+__global__ void __launch_bounds__(kAttentionThreads, RowKernel<T, kSize, kBias>::kResident)
+    attention_row_gradients_kernel(AttentionGradients p) {
+  using Kernel = RowKernel<T, kSize, kBias>;
+  using Shape = GradientShape<kSize, kBias>;
+  const Sequence sequence(p.forward, blockIdx.z);
+  const int head = blockIdx.y, warp = static_cast<int>(threadIdx.x) / kLanes;
+  const int block_row = sequence.first_row + static_cast<int>(blockIdx.x) * Kernel::kRows;
+  if (block_row >= sequence.length) return;
+  const int columns = sequence.longest(block_row, min(block_row + Kernel::kRows, sequence.length));
+  const HeadRows<T> k = head_rows<T>(p.forward.k, p.forward.k_token, p.forward.k_head, head);
+  const HeadRows<T> v = head_rows<T>(p.forward.v, p.forward.v_token, p.forward.v_head, head);
+  unsigned char* shared = shared_memory();
+  unsigned char* queries = shared + 2 * Kernel::kStageBytes;
+  unsigned char* gradients = queries + Kernel::kRows * Shape::kRowBytes;
+  const int first = sequence.shift + block_row, count = sequence.length - block_row;
+  stage_rows<T, kSize, Kernel::kRows>(head_rows<T>(p.forward.q, p.forward.q_token, p.forward.q_head, head), first,
+                                      count, queries);
+  stage_rows<T, kSize, Kernel::kRows>(head_rows<T>(p.grad_out, p.grad_token, p.grad_head, head), first, count,
+                                      gradients);
+  if (columns > 0) stage_tile<T, kSize>(k, v, sequence.first, sequence.length, shared);
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+
+  queries += warp * Kernel::kWarpRows * Shape::kRowBytes;
+  gradients += warp * Kernel::kWarpRows * Shape::kRowBytes;
+  const int first_row = block_row + warp * Kernel::kWarpRows;
+  const int stop = min(first_row + Kernel::kWarpRows, sequence.length);
+  int most = 0, least = 0;  // a warp beyond the end sees nothing
+  if (first_row < stop) {
+    most = sequence.longest(first_row, stop);
+    least = sequence.shortest(first_row, stop);
+  }
+  RowGradients<T, kSize, kBias> rows(p, sequence, head, first_row, queries, gradients);
+  if (stop > sequence.end) rows.see_themselves(queries, gradients, k, v);
+
+#pragma unroll 1
+  for (int column = 0; column < columns; column += Shape::kOthers) {
+    wait_copies<0>();
+    // Also: all warps are done with what the next copies replace.
+    __syncthreads();
+    const int odd = column / Shape::kOthers % 2, next = column + Shape::kOthers;
+    if (next < columns)
+      stage_tile<T, kSize>(k, v, sequence.first + next, sequence.length - next,
+                           shared + (1 - odd) * Kernel::kStageBytes);
+    commit_copies();
+    const unsigned char* tile = shared + odd * Kernel::kStageBytes;
+    if (next <= least)
+      rows.add_full(tile, column);
+    else if (column < most)
+      rows.add_partial(tile, column, most - column);
+  }
+
+  if (first_row >= sequence.length) return;
+  rows.finish(queries, p.forward.scale);
+  __syncwarp();
+  store_rows<T, kSize, Kernel::kWarpRows>(queries, static_cast<T*>(p.dq) + sequence.shift * p.dq_token + head * kSize,
+                                          p.dq_token, first_row, sequence.length);
+}
+
+template <typename T, int kSize, bool kBias>
+struct ColumnKernel {
+  using Shape = GradientShape<kSize, kBias>;
+  static constexpr int kWarpColumns = 16 * Shape::kColumnBlocks;
+  static constexpr int kColumns = kAttentionWarps * kWarpColumns;
+  static constexpr int kStatisticsBytes = 2 * Shape::kOthers * static_cast<int>(sizeof(float));
+  static constexpr int kStageBytes = Shape::kTileBytes + kStatisticsBytes;
+  static constexpr int kSharedBytes = 2 * kStageBytes + 2 * kColumns * Shape::kRowBytes;
+
+  // Starts to copy rows of q and grad_out, and their statistics.
+  __device__ static void stage(const AttentionGradients& p, const Sequence& sequence, int head, int row, int stop,
+                               unsigned char* stage) {
+    const int64_t first = sequence.shift + row;
+    stage_tile<T, kSize>(head_rows<T>(p.forward.q, p.forward.q_token, p.forward.q_head, head),
+                         head_rows<T>(p.grad_out, p.grad_token, p.grad_head, head), first, stop - row, stage);
+    const int thread = static_cast<int>(threadIdx.x), place = thread % Shape::kOthers, which = thread / Shape::kOthers;
+    copy_word_async(stage + Shape::kTileBytes + thread * sizeof(float),
+                    p.statistics + (which * p.forward.heads + head) * p.forward.queries + first + place,
+                    row + place < stop);
+  }
+};
+
+template <typename T, int kSize, bool kBias>
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention_column_gradients_kernel(AttentionGradients p) {
+  using Kernel = ColumnKernel<T, kSize, kBias>;
+  using Shape = GradientShape<kSize, kBias>;
+  static_assert(kAttentionThreads == 2 * Shape::kOthers, "a thread copies one of the statistics");
+  const Sequence sequence(p.forward, blockIdx.z);
+  const int head = blockIdx.y, warp = static_cast<int>(threadIdx.x) / kLanes;
+  const int block_column = static_cast<int>(blockIdx.x) * Kernel::kColumns;
+  if (block_column >= sequence.length) return;
+  const SeeingRows<Shape::kOthers> seeing(sequence, block_column);
+  const int tiles = seeing.tiles();
+  unsigned char* shared = shared_memory();
+  unsigned char* keys = shared + 2 * Kernel::kStageBytes;
+  unsigned char* values = keys + Kernel::kColumns * Shape::kRowBytes;
+  const int first = sequence.first + block_column, count = sequence.length - block_column;
+  stage_rows<T, kSize, Kernel::kColumns>(head_rows<T>(p.forward.k, p.forward.k_token, p.forward.k_head, head), first,
+                                         count, keys);
+  stage_rows<T, kSize, Kernel::kColumns>(head_rows<T>(p.forward.v, p.forward.v_token, p.forward.v_head, head), first,
+                                         count, values);
+  if (tiles > 0) {
+    const int row = seeing.tile_first(0);
+    Kernel::stage(p, sequence, head, row, seeing.tile_stop(0, row), shared);
+  }
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+
+  keys += warp * Kernel::kWarpColumns * Shape::kRowBytes;
+  values += warp * Kernel::kWarpColumns * Shape::kRowBytes;
+  const int first_column = block_column + warp * Kernel::kWarpColumns;
+  const int last = min(first_column + Kernel::kWarpColumns, sequence.length);
+  ColumnGradients<T, kSize, kBias> columns(p, sequence, head, first_column, keys, values);
+  if (last > max(sequence.end, sequence.first_row)) columns.see_themselves(p, head, keys, values);
+
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    wait_copies<0>();
+    // Also: all warps are done with what the next copies replace.
+    __syncthreads();
+    const int odd = tile % 2;
+    if (tile + 1 < tiles) {
+      const int row = seeing.tile_first(tile + 1);
+      Kernel::stage(p, sequence, head, row, seeing.tile_stop(tile + 1, row), shared + (1 - odd) * Kernel::kStageBytes);
+    }
+    commit_copies();
+    const unsigned char* stage = shared + odd * Kernel::kStageBytes;
+    const int row = seeing.tile_first(tile), stop = seeing.tile_stop(tile, row);
+    if (first_column >= last) continue;
+    if (stop - row == Shape::kOthers && sequence.shortest(row, stop) >= last)
+      columns.add_full(stage, row);
+    else
+      columns.add_partial(stage, row, stop);
+  }
+
+  if (first_column >= last) return;
+  columns.finish(keys, values, p.forward.scale);
+  __syncwarp();
+  const int64_t token = sequence.first;
+  store_rows<T, kSize, Kernel::kWarpColumns>(keys, static_cast<T*>(p.dk) + token * p.dk_token + head * kSize,
+                                             p.dk_token, first_column, sequence.length);
+  store_rows<T, kSize, Kernel::kWarpColumns>(values, static_cast<T*>(p.dv) + token * p.dv_token + head * kSize,
+                                             p.dv_token, first_column, sequence.length);
+}
+
+template <typename T, int kSize, bool kBias>
+cudaError_t launch_instance(const AttentionGradients& p, cudaStream_t stream) {
+  using Rows = RowKernel<T, kSize, kBias>;
+  using Columns = ColumnKernel<T, kSize, kBias>;
+  const auto grid = [&p](int count) {
+    return dim3((p.forward.max_seqlen + count - 1) / count, p.forward.heads, p.forward.batch);
+  };
+  const cudaError_t error = launch(attention_row_gradients_kernel<T, kSize, kBias>, grid(Rows::kRows),
+                                   dim3(kAttentionThreads), Rows::kSharedBytes, stream, p);
+  if (error != cudaSuccess) return error;
+  return launch(attention_column_gradients_kernel<T, kSize, kBias>, grid(Columns::kColumns), dim3(kAttentionThreads),
+                Columns::kSharedBytes, stream, p);
+}
+
+template <typename T, int kSize>
+cudaError_t launch_bias(const AttentionGradients& p, cudaStream_t stream) {
+  return p.forward.relative_bias == nullptr ? launch_instance<T, kSize, false>(p, stream)
+                                            : launch_instance<T, kSize, true>(p, stream);
+}
+
+template <typename T>
+cudaError_t launch_size(const AttentionGradients& p, cudaStream_t stream) {
+  switch (p.forward.size) {
+    case 32:
+      return launch_bias<T, 32>(p, stream);
+    case 64:
+      return launch_bias<T, 64>(p, stream);
+    case 128:
+      return launch_bias<T, 128>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_attention_backward(const AttentionGradients& p, cudaStream_t stream) {
+  if (p.forward.max_seqlen == 0 || p.forward.batch == 0 || p.forward.heads == 0) return cudaSuccess;
+  switch (p.forward.dtype) {
+    case Dtype::kHalf:
+      return launch_size<__half>(p, stream);
+    case Dtype::kBFloat16:
+      return launch_size<__nv_bfloat16>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace minilm_fast::cuda
