@@ -49,6 +49,8 @@ def attention(size: Size) -> Iterator[Case]:
         )
     ours = differentiated(lambda x: ops.projected_attention(x, layout)[0], [packed], packed_gradient)
     both = {OURS: System(lambda: ours, of_ours)}
+    if _dispatch.unusable("cuda", "attention", size.device, True) is None:
+        both[f"{OURS}, CUDA C++"] = System(lambda: lambda: _on("cuda", ours), of_ours)
     for name, share in _shares("attention", size):
         forward[name] = System(
             lambda share=share: with_share(share, lambda: ops.attention(*packed.unbind(1), layout)[0]),

@@ -83,7 +83,7 @@ class Batch:
     def _probabilities(self) -> torch.Tensor:
         """``[queries, heads, tokens]``, 0 in other sequences, by the specification's own mask and bias."""
         q, k, _ = (x.cpu().double() for x in self.operands)
-        tokens, heads, size = k.shape
+        tokens, size = k.shape[0], k.shape[2]
         parts = [torch.zeros(*q.shape[:2], 0, dtype=torch.float64)]
         for start in range(0, tokens, size):
             # Probabilities come out where the values are rows of a unit matrix.

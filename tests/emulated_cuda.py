@@ -46,7 +46,7 @@ def _sources() -> list[Path]:
 def _digest() -> str:
     """Names a build: everything that goes into it."""
     include = ROOT / "csrc" / "include"
-    files = [*(ROOT / "csrc" / "cuda").iterdir(), *EMULATION.iterdir(), include / "checks.h"]
+    files = [*(ROOT / "csrc" / "cuda").iterdir(), *EMULATION.iterdir(), include / "checks.h", include / "projection.h"]
     files += [*include.glob("*.cuh"), *include.glob("*cuda*.h")]
     digest = hashlib.sha256(f"{torch.__version__} {COMPILER} {FLAGS} {os.getuid()}".encode())
     for path in sorted(path for path in files if path.is_file()):

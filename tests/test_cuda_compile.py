@@ -19,6 +19,8 @@ NVCC = shutil.which("nvcc")
 TARGETS = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_90a,code=sm_90a"}
 KERNELS = {
     "attention_forward_kernel": 12,
+    "attention_row_gradients_kernel": 12,
+    "attention_column_gradients_kernel": 12,
     "decode_attention_kernel": 9,
     "store_source_kernel": 2,
     "lm_head_kernel": 6,
@@ -30,6 +32,8 @@ KERNELS = {
 
 BLOCKS = {
     "attention_forward_kernel": (128, 2),
+    "attention_row_gradients_kernel": (128, 2),
+    "attention_column_gradients_kernel": (128, 2),
     "decode_attention_kernel": (128, 2),
     "store_source_kernel": (256, 4),
     "lm_head_kernel": (128, 3),
@@ -38,6 +42,8 @@ BLOCKS = {
     "beam_step_kernel": (128, 4),
 }
 """Threads of a block, and how many blocks are to fit on a multiprocessor at a time, as far as registers go."""
+
+ROWS_OF_ATTENTION = ("attention_forward_kernel", "attention_row_gradients_kernel")
 
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<target>\w+)'.*?"
@@ -110,7 +116,7 @@ def test_several_blocks_fit_on_a_multiprocessor(usages: list[Usage]) -> None:
         threads, blocks = BLOCKS[usage.kernel]
         if usage.kernel == "decode_attention_kernel" and usage.instance.endswith(("halfLi32", "bfloat16Li32")):
             blocks = 4
-        elif usage.kernel == "attention_forward_kernel" and "Li32E" in usage.instance:
+        elif usage.kernel in ROWS_OF_ATTENTION and "Li32E" in usage.instance:
             blocks = 3
         assert -(-usage.registers // 8) * 8 * threads * blocks <= 65536, usage
 
