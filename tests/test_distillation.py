@@ -42,17 +42,17 @@ def hugging_face(folder: Path) -> torch.nn.Module:
     return BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
 
 
-def frozen(folder: Path, layer: int | None = None, dtype: str = "fp32") -> FrozenEncoder:
+def frozen(folder: Path, layer: int | None = None, dtype: str = "fp32", device: str = "cpu") -> FrozenEncoder:
     loaded = checkpoint.load(folder)
-    return FrozenEncoder(loaded.config, loaded.state, layer=layer, dtype=dtype)
+    return FrozenEncoder(loaded.config, loaded.state, layer=layer, dtype=dtype, device=device)
 
 
-def padded_batch() -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(GOLDEN[name]) for name in ("input_ids", "attention_mask")}
+def padded_batch(device: str = "cpu") -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(GOLDEN[name], device=device) for name in ("input_ids", "attention_mask")}
 
 
-def packed_batch() -> TokenBatch:
-    return TokenBatch.from_padded(**padded_batch())
+def packed_batch(device: str = "cpu") -> TokenBatch:
+    return TokenBatch.from_padded(**padded_batch(device))
 
 
 def relations_of(case: dict[str, Any]) -> list[Relation]:
@@ -77,22 +77,27 @@ def check_gradients(case: dict[str, Any], student: torch.nn.Module, tolerance: f
         # The key's bias shifts whole rows of query-key scores: its gradient is zero but for rounding.
         assert norm == pytest.approx(expected, rel=tolerance, abs=tolerance * 1e-2), name
     for name, expected in load_file(GOLDENS / f"grads_{case['name']}.safetensors").items():
-        error = (grads[name].double() - expected).norm()
+        error = (grads[name].double().cpu() - expected).norm()
         assert error <= tolerance * max(expected.norm().item(), 1e-2), name
 
 
 @pytest.mark.parametrize("teacher_kind", ["encoder", "frozen", "hugging_face"])
 @pytest.mark.parametrize("name", CASES)
 def test_goldens_through_our_encoder(name: str, teacher_kind: str) -> None:
+    compare_golden(name, teacher_kind)
+
+
+def compare_golden(name: str, teacher_kind: str, device: str = "cpu") -> None:
+    """The loss of a golden case, its relations and gradients."""
     case = CASES[name]
     folder = GOLDENS / "teacher"
     teacher: Any = {
-        "encoder": lambda: encoder(folder),
-        "frozen": lambda: frozen(folder, case["teacher_layer"]),
-        "hugging_face": lambda: hugging_face(folder),
+        "encoder": lambda: encoder(folder).to(device),
+        "frozen": lambda: frozen(folder, case["teacher_layer"], device=device),
+        "hugging_face": lambda: hugging_face(folder).to(device),
     }[teacher_kind]()
-    student = encoder(GOLDENS / "student")
-    result = distiller(case, teacher, student)(packed_batch())
+    student = encoder(GOLDENS / "student").to(device)
+    result = distiller(case, teacher, student)(packed_batch(device))
     assert result.loss.item() == pytest.approx(case["loss"], rel=1e-5)
     parts = sum(r.weight * result.relations[r.name] for r in relations_of(case))
     assert float(parts) == pytest.approx(case["loss"], rel=1e-5)

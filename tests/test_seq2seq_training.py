@@ -77,10 +77,11 @@ def test_whole_runs_follow_the_original(case: dict, backend_name: str, tmp_path:
     if backend_name == "cpu" and EXTENSION_ERROR is not None:
         pytest.skip(EXTENSION_ERROR)
     with backend(backend_name):
-        _follow(case, tmp_path)
+        follow(case, tmp_path)
 
 
-def _follow(case: dict, tmp_path: Path) -> None:
+def follow(case: dict, tmp_path: Path) -> None:
+    """Trains as the original did and compares each step; on a GPU where there is one."""
     model = copy_model(tmp_path / "model", case["model"], **NO_DROPOUT)
     flags = {name: value for name, value in case["cli_args"].items() if name != "model_type"}
     args = build_parser().parse_args(arguments(tmp_path, model, **flags))

@@ -8,12 +8,14 @@ import sys
 import torch
 
 import minilm_fast
+from minilm_fast.errors import UserError
 from tests.parity import decode, files
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     parser.add_argument("--backend", choices=["reference", "cpu"], help="default: the best there is")
+    parser.add_argument("--device", default="cpu", help="where decoding computes, such as cuda (default: cpu)")
     parser.add_argument("--no-early-exit", action="store_true")
     parser.add_argument("--no-continuous-batching", action="store_true")
     parser.add_argument("--batch-size", type=int, help="default: the original's 7")
@@ -27,7 +29,10 @@ def main() -> int:
     }
     passed = total = 0
     with minilm_fast.backend(args.backend):
-        comparisons = list(decode.all_comparisons(**switches))
+        try:
+            comparisons = list(decode.all_comparisons(args.device, **switches))
+        except UserError as error:
+            parser.error(str(error))
         comparisons += [
             ("trace", files.compare_traces()),
             ("tokenization", files.compare_tokenization()),

@@ -66,11 +66,12 @@ def _model_of(group: dict[str, Any], case: dict[str, Any], cache: dict[tuple[str
     return cache[key]
 
 
-def compare_group(path: Path, cache: dict[tuple[str, str], Model], **switches: Any) -> Outcome:
+def compare_group(path: Path, cache: dict[tuple[str, str], Model], device: str = "cpu", **switches: Any) -> Outcome:
     """Runs every case of a golden file.
 
     Args:
         cache: models by name, filled as needed.
+        device: where to decode.
         **switches: search options that must not change an answer, such as ``early_exit`` or ``batch_size``.
     """
     group = json.loads(path.read_text(encoding="utf8"))
@@ -78,7 +79,7 @@ def compare_group(path: Path, cache: dict[tuple[str, str], Model], **switches: A
     outcome = Outcome()
     for number, case in enumerate(group["cases"]):
         model = _model_of(group, case, cache)
-        results = model.generate(inputs, **_options(case, **switches))
+        results = model.generate(inputs, device=device, **_options(case, **switches))
         for index, result in enumerate(results):
             name = f"{path.stem}[{number}] example {index}"
             if index in case["unsafe"]:
@@ -111,7 +112,7 @@ def _compare_trace(outcome: Outcome, name: str, trace: Any, expected: dict[str, 
     outcome.check(error <= TOLERANCE, f"{name}: scores of the trace off by {error:.2e}")
 
 
-def compare_first_step(cache: dict[tuple[str, str], Model]) -> Outcome:
+def compare_first_step(cache: dict[tuple[str, str], Model], device: str = "cpu") -> Outcome:
     """Log-probabilities of the whole vocabulary in the first step."""
     outcome = Outcome()
     expected = load_file(GOLDENS / "decode" / "first_step_logprobs.safetensors")
@@ -123,34 +124,36 @@ def compare_first_step(cache: dict[tuple[str, str], Model]) -> Outcome:
         model = cache[key]
         options = SearchOptions(max_seq_length=64, max_tgt_length=24, pos_shift=pos_shift)
         for index, source in enumerate(sources()):
-            scores = _first_log_probabilities(model, source, options)
+            scores = _first_log_probabilities(model, source, options, device)
             error = float((scores - golden[index]).abs().max())
             outcome.check(error <= TOLERANCE, f"{name} example {index}: off by {error:.2e}")
     return outcome
 
 
-def _first_log_probabilities(model: Model, source: str | Sequence[str], options: SearchOptions) -> torch.Tensor:
+def _first_log_probabilities(
+    model: Model, source: str | Sequence[str], options: SearchOptions, device: str
+) -> torch.Tensor:
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    engine = model.engine()
+    engine = model.engine(device=device)
     ids = PreparedSource(tokenizer, source, options).ids
     cache = engine.new_cache(slots=1, beams=1, source_capacity=len(ids), steps=2)
     query = tokenizer.sep_id if options.pos_shift else tokenizer.mask_id
-    slots = torch.zeros(1, dtype=torch.int32)
+    slots = torch.zeros(1, dtype=torch.int32, device=device)
     with torch.inference_mode():
         hidden = engine.prefill([ids], query, slots, cache, keep_query=options.pos_shift)
         values, order = engine.predict(hidden, model.config.vocab_size)
-    return torch.empty_like(values[0]).index_put_((order[0].long(),), values[0])
+    return torch.empty_like(values[0]).index_put_((order[0].long(),), values[0]).cpu()
 
 
-def compare_ngrams() -> Outcome:
+def compare_ngrams(device: str = "cpu") -> Outcome:
     """The rule of repeated n-grams, and which ids a list of ignored words means."""
     outcome = Outcome()
     units = json.loads((GOLDENS / "decode" / "forbid_ngram_units.json").read_text(encoding="utf8"))
     for unit in units["dup_ngram_candidates"]:
-        tokens = torch.tensor([unit["seq"]], dtype=torch.int32)
-        lengths = torch.tensor([len(unit["seq"])], dtype=torch.int32)
-        ignored = torch.tensor(unit["ignore_ids"] or [], dtype=torch.int32)
+        tokens = torch.tensor([unit["seq"]], dtype=torch.int32, device=device)
+        lengths = torch.tensor([len(unit["seq"])], dtype=torch.int32, device=device)
+        ignored = torch.tensor(unit["ignore_ids"] or [], dtype=torch.int32, device=device)
         banned = ops.ban_repeated_ngrams(tokens, lengths, unit["n"], ignored)
         found = sorted(int(token) for token in banned[0] if token >= 0)
         outcome.check(found == sorted(unit["forbidden_next_ids"]), f"n-gram unit {unit}: {found}")
@@ -203,11 +206,11 @@ def compare_preprocess() -> Outcome:
     return outcome
 
 
-def all_comparisons(**switches: Any) -> Iterator[tuple[str, Outcome]]:
+def all_comparisons(device: str, **switches: Any) -> Iterator[tuple[str, Outcome]]:
     """Every golden of decoding: ``(name, outcome)``."""
     cache: dict[tuple[str, str], Model] = {}
     for path in groups():
-        yield f"decode/{path.stem}", compare_group(path, cache, **switches)
-    yield "decode/first_step_logprobs", compare_first_step(cache)
-    yield "decode/forbid_ngram_units", compare_ngrams()
+        yield f"decode/{path.stem}", compare_group(path, cache, device, **switches)
+    yield "decode/first_step_logprobs", compare_first_step(cache, device)
+    yield "decode/forbid_ngram_units", compare_ngrams(device)
     yield "decode_preprocess", compare_preprocess()
