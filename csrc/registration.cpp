@@ -7,8 +7,8 @@
 #include "isa.h"
 
 // An array that the linker keeps, so that the text stands in the file as it is.
-extern "C" __attribute__((used, visibility("default"))) const char minilm_fast_interface[];
-const char minilm_fast_interface[] = "minilm_fast-interface:" MINILM_FAST_INTERFACE ";";
+extern "C" __attribute__((visibility("default"))) const char minilm_fast_interface[];
+__attribute__((used)) const char minilm_fast_interface[] = "minilm_fast-interface:" MINILM_FAST_INTERFACE ";";
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of minilm_fast";
