@@ -1,6 +1,6 @@
-"""How often bf16 and int8 weights give the same output as fp32, and how far the scores move.
+"""How often lower precisions give the same output as fp32 on a CPU, and how far the scores move.
 
-python benchmarks/dtype_agreement.py --data dev.jsonl.xz --model examples/question-generation/model --limit 500
+python benchmarks/dtype_agreement.py --data dev.jsonl.xz --model examples/question-generation --limit 500
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from report import table
 from minilm_fast.errors import UserError
 
 REFERENCE = "fp32"
-LOWER = ("bf16", "int8")
+COMPARED = {"cpu": ("bf16", "int8"), "cuda": ("fp32", "bf16", "fp16")}
+"""What is compared with fp32 on the CPU, by the device that it runs on."""
 
 
 def compare(reference: list[Any], lower: list[Any]) -> dict[str, Any]:
@@ -63,7 +64,8 @@ def text(results: dict[str, Any]) -> str:
         "mean score",
     ]
     heading = (
-        f"{results['machine']['cpu']}; compared with {REFERENCE}, mean score {results['mean_score']:.4f}\n"
+        f"{results['device']} compared with {REFERENCE} on {results['machine']['cpu']}, "
+        f"mean score {results['mean_score']:.4f}\n"
         "A score is the sum of the log-probabilities of an output."
     )
     return "\n\n".join([heading, table(header, rows)])
@@ -72,6 +74,7 @@ def text(results: dict[str, Any]) -> str:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     corpus.add_arguments(parser, limit=500)
+    parser.add_argument("--device", choices=list(COMPARED), default="cpu", help="where what is compared runs")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N outputs that differ, for each dtype")
     return parser.parse_args(arguments)
 
@@ -83,28 +86,40 @@ def show(reference: list[Any], lower: list[Any], dtype: str, count: int) -> None
         print(f"{REFERENCE} {a.score:9.4f}  {a.text}\n{dtype} {b.score:9.4f}  {b.text}\n")
 
 
+def decode(model: Any, sources: list[Any], dtype: str, device: str, options: argparse.Namespace) -> list[Any]:
+    """What ``Model.generate`` gives, after a line that says what it is doing."""
+    print(f"decoding {len(sources)} sources in {dtype} on {device}", file=sys.stderr, flush=True)
+    return model.generate(sources, dtype=dtype, device=device, **corpus.search_options(options))
+
+
+def device_name(device: str) -> str:
+    """The device in words."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if device == "cuda" else "the CPU"
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         sources = corpus.read_sources(options)
         model = corpus.load_model(options)
-        outputs = {}
-        for dtype in (REFERENCE, *LOWER):
-            print(f"decoding {len(sources)} sources in {dtype}", file=sys.stderr, flush=True)
-            outputs[dtype] = model.generate(sources, dtype=dtype, **corpus.search_options(options))
+        outputs = {dtype: decode(model, sources, dtype, options.device, options) for dtype in COMPARED[options.device]}
+        reference = decode(model, sources, REFERENCE, "cpu", options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = {
         "machine": machine.describe(),
+        "device": device_name(options.device),
         "model": asdict(model.config),
         "search": corpus.search_options(options),
-        "mean_score": statistics.fmean(result.score for result in outputs[REFERENCE]),
-        "agreement": {dtype: compare(outputs[REFERENCE], outputs[dtype]) for dtype in LOWER},
+        "mean_score": statistics.fmean(result.score for result in reference),
+        "agreement": {dtype: compare(reference, found) for dtype, found in outputs.items()},
     }
     print(text(results))
-    for dtype in LOWER:
-        show(outputs[REFERENCE], outputs[dtype], dtype, options.show)
+    for dtype, found in outputs.items():
+        show(reference, found, dtype, options.show)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0

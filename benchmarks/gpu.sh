@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run without a network: build, tests, compute-sanitizer, benchmarks.
 #
-#   benchmarks/gpu.sh [--out FOLDER] [--sections build,tests,sanitizer,benchmarks] [--python PYTHON]
+#   benchmarks/gpu.sh [--out FOLDER] [--sections build,tests,sanitizer,benchmarks,goldens] [--python PYTHON]
+#                     [--data SOURCES]
 #
+# Not all of it fits into one run, so goldens is left out unless it is asked for: all decoding of the original on the
+# GPU, and with --data (JSON lines with src, maybe .xz) how many of 500 outputs each dtype leaves as on the CPU in fp32.
 # What each section printed is in FOLDER (default: $OUT, else gpu-results), with summary.txt, results.json and
 # results.png. Each section has a time limit, and all together end within 9 minutes, whatever is left for the last.
 # A section that fails does not stop the next ones but makes the exit status 1; what was not run is named at the end.
@@ -13,18 +16,20 @@ cd "$(dirname "$0")/.."
 out=${OUT:-gpu-results}
 sections=build,tests,sanitizer,benchmarks
 python=${PYTHON:-python3}
+data=
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=${2:?--out needs a folder} ;;
     --sections) sections=${2:?--sections needs a list} ;;
     --python) python=${2:?--python needs a program} ;;
+    --data) data=${2:?--data needs a file} ;;
     *) echo "error: unknown argument $1" >&2; exit 2 ;;
   esac
   shift 2
 done
 for section in ${sections//,/ }; do
   case $section in
-    build | tests | sanitizer | benchmarks) ;;
+    build | tests | sanitizer | benchmarks | goldens) ;;
     *) echo "error: --sections: there is no section $section" >&2; exit 2 ;;
   esac
 done
@@ -62,7 +67,7 @@ run() {
 }
 
 build() {
-  local folder=$out/build
+  local folder=build/gpu  # kept, so that a second run builds only what has changed
   "$python" -m cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DMINILM_FAST_CUDA=ON \
     -DPython_EXECUTABLE="$(command -v "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" &&
     "$python" -m ninja -C "$folder" && cp "$folder"/_C*.so minilm_fast/
@@ -90,7 +95,7 @@ if wanted build; then
 fi
 
 if wanted tests; then
-  run tests 150 "$python" -m pytest -p no:cacheprovider tests/test_cuda_device.py
+  run tests 150 "$python" -m pytest -p no:cacheprovider tests/test_cuda_device.py tests/test_cuda_goldens.py
   run triton 100 "$python" -m pytest -p no:cacheprovider tests/test_triton_attention.py tests/test_triton_relation_kl.py \
     tests/test_triton_loss.py tests/test_triton_norm.py
 fi
@@ -106,12 +111,23 @@ if wanted sanitizer; then
   fi
 fi
 
+if wanted goldens; then
+  run goldens 300 "$python" -m tests.parity --device cuda
+  if [ -z "$data" ]; then
+    say "agreement: NOT RUN: --data names no sources"
+  else
+    run agreement 300 "$python" benchmarks/dtype_agreement.py --device cuda --data "$data" --limit 500 \
+      --model examples/question-generation --threads "$(nproc)" --json "$out/agreement.json" &&
+      cat "$out/agreement.txt"
+  fi
+fi
+
 if wanted benchmarks; then
   run benchmarks $deadline "$python" benchmarks/gpu.py --json "$out/results.json" --plot "$out/results.png" &&
     cat "$out/benchmarks.txt"
 fi
 
-for section in build tests sanitizer benchmarks; do
+for section in build tests sanitizer benchmarks goldens; do
   wanted $section || say "$section: NOT RUN: it was not asked for"
 done
 exit $status

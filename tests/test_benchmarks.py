@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from benchmark_command import ROOT, run
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -158,6 +159,16 @@ def test_data_that_is_not_there_gives_one_line(tmp_path: Path) -> None:
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: --data") and "none.jsonl" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_gives_one_line(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"src": "one text"}\n')
+    model = Path(__file__).parent / "goldens" / "tiny"
+    done = run("dtype_agreement.py", "--data", str(data), "--model", str(model), "--device", "cuda")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: device cuda: PyTorch finds no GPU"
+    assert "fp32 on cpu" not in done.stderr
 
 
 def test_history_is_plotted(tmp_path: Path) -> None:
