@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
 OPERATORS = (
     *("attention", "attention_backward", "projected_attention", "projected_attention_backward"),
-    *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "beam_step"),
+    *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "advance_beams"),
 )
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import beam_cases
 import decode_steps
 import torch
 from decode_steps import Shape
@@ -99,9 +100,8 @@ def decoding_calls(device: str) -> Iterator[Call]:
     tokens, lengths = torch.randint(0, 4, (6, 12), dtype=torch.int32), torch.full((6,), 12, dtype=torch.int32)
     ignored = torch.tensor([1], dtype=torch.int32)
     yield "ban_repeated_ngrams", [_moved(x, device) for x in (tokens, lengths, 2, ignored)]
-    ids = torch.randint(0, 9, (3, 5, 5), dtype=torch.int32)
-    candidates = [torch.randn(3, 5, 5), ids, torch.randn(3, 5), ids[:, :, 0].contiguous(), 3]
-    yield "beam_step", [_moved(x, device) for x in candidates]
+    step = beam_cases.arguments(beam_cases.BeamCase(rows=3, traced=True))
+    yield "advance_beams", [_moved(x, device) for x in step.values()]
 
 
 def _moved(x: Any, device: str) -> Any:

@@ -1,14 +1,14 @@
-"""The CUDA n-gram blocking and beam selection, emulated on a CPU, against their specifications."""
+"""The CUDA n-gram blocking and step of the search, emulated on a CPU, against their specifications."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from beam_cases import CASES, BeamCase, bad_arguments, check
+from beam_cases import arguments as beam_arguments
 from emulated_cuda import operators, poisoned_results, running_backwards
 
 from minilm_fast.ops import reference
-
-NAN = float("nan")
 
 
 def _int(values: list[int]) -> torch.Tensor:
@@ -18,11 +18,6 @@ def _int(values: list[int]) -> torch.Tensor:
 def _ban(*arguments: object) -> torch.Tensor:
     with poisoned_results():
         return operators().ban_repeated_ngrams(*arguments)
-
-
-def _step(*arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with poisoned_results():
-        return operators().beam_step(*arguments)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 60])
@@ -45,30 +40,11 @@ def test_no_tokens() -> None:
     assert _ban(torch.zeros(3, 0).int(), _int([0, 0, 0]), 2, _int([])).shape == (3, 0)
 
 
-@pytest.mark.parametrize(("examples", "beams", "width"), [(3, 1, 1), (4, 5, 5), (2, 9, 3), (1, 20, 20), (0, 4, 4)])
-@pytest.mark.parametrize("ties", [False, True])
-def test_beam_step_is_a_stable_topk(examples: int, beams: int, width: int, ties: bool) -> None:
-    torch.manual_seed(beams)
-    candidates, scores = torch.randn(examples, beams, width), torch.randn(examples, beams)
-    if ties:
-        candidates, scores = candidates.round(), scores.round()
-    ids = torch.randint(0, 6, (examples, beams, width), dtype=torch.int32)
-    last = torch.randint(0, 6, (examples, beams), dtype=torch.int32)
-    best, best_ids, parents = _step(candidates, ids, scores, last, 3)
-    totals = (candidates + ((last == 3).float() * -10000.0 + scores)[..., None]).flatten(1)
-    order = totals.argsort(dim=1, descending=True, stable=True)[:, :width]
-    assert torch.equal(best, totals.gather(1, order))
-    assert torch.equal(best_ids, ids.flatten(1).gather(1, order))
-    assert torch.equal(parents, (order // width).int())
-
-
-def test_beam_step_with_nan_and_infinity() -> None:
-    candidates = torch.tensor([[[0.0, NAN, -float("inf")], [float("inf"), NAN, 2.0]]])
-    ids = torch.arange(6, dtype=torch.int32).view(1, 2, 3)
-    best, best_ids, parents = _step(candidates, ids, torch.zeros(1, 2), _int([9, 9]).view(1, 2), 3)
-    assert best_ids.tolist() == [[1, 4, 3]]
-    assert parents.tolist() == [[0, 1, 1]]
-    assert best[0, :2].isnan().all() and best[0, 2] == float("inf")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_step_is_that_of_the_specification(case: BeamCase) -> None:
+    check(case, operators().advance_beams)
+    with running_backwards():
+        check(case, operators().advance_beams)
 
 
 @pytest.mark.parametrize(
@@ -85,29 +61,12 @@ def test_bad_ngrams(arguments: tuple[object, ...], message: str) -> None:
         _ban(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({0: torch.zeros(2, 12)}, "candidate_scores must have the shape"),
-        ({0: torch.zeros(2, 3, 4).double()}, "candidate_scores must be"),
-        ({1: torch.zeros(2, 3, 5).int()}, "candidate_ids must have the shape"),
-        ({2: torch.zeros(3, 2).t()}, "scores must be contiguous"),
-        ({3: torch.zeros(2, 3).long()}, "last_ids must be"),
-        (
-            {
-                0: torch.zeros(1, 91, 91),
-                1: torch.zeros(1, 91, 91).int(),
-                2: torch.zeros(1, 91),
-                3: torch.zeros(1, 91).int(),
-            },
-            "8192 candidates",
-        ),
-    ],
-)
-def test_bad_beams(changes: dict[int, torch.Tensor], message: str) -> None:
-    arguments: list[object] = [torch.zeros(2, 3, 4), torch.zeros(2, 3, 4).int(), torch.zeros(2, 3)]
-    arguments += [torch.zeros(2, 3).int(), 3]
-    for index, value in changes.items():
-        arguments[index] = value
-    with pytest.raises(RuntimeError, match=f"beam_step: .*{message}"):
-        _step(*arguments)
+@pytest.mark.parametrize(("changes", "message"), bad_arguments())
+def test_bad_steps(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"advance_beams: .*{message}"):
+        operators().advance_beams(*(beam_arguments(CASES["some rows"]) | changes).values())
+
+
+def test_too_many_beams() -> None:
+    with pytest.raises(RuntimeError, match="advance_beams: tokens must have at most 64 beams on CUDA, got 65"):
+        operators().advance_beams(*beam_arguments(BeamCase(rows=1, beams=65)).values())

@@ -26,7 +26,7 @@ KERNELS = {
     "lm_head_kernel": 6,
     "merge_slices_kernel": 2,
     "ban_ngrams_kernel": 1,
-    "beam_step_kernel": 1,
+    "advance_beams_kernel": 1,
 }
 """Each kernel and its number of instances."""
 
@@ -39,7 +39,7 @@ BLOCKS = {
     "lm_head_kernel": (128, 3),
     "merge_slices_kernel": (128, 4),
     "ban_ngrams_kernel": (128, 4),
-    "beam_step_kernel": (128, 4),
+    "advance_beams_kernel": (128, 4),
 }
 """Threads of a block, and how many blocks are to fit on a multiprocessor at a time, as far as registers go."""
 

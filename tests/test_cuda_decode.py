@@ -19,7 +19,7 @@ from minilm_fast.ops import _cuda, _dispatch
 OPERATORS = {
     "decode_attention": {"_op": "decode_attention", "_store_op": "store_source"},
     "linear": {"_head_op": "lm_head_topk"},
-    "beam": {"_ban_op": "ban_repeated_ngrams", "_beam_op": "beam_step"},
+    "beam": {"_ban_op": "ban_repeated_ngrams", "_advance_op": "advance_beams"},
 }
 """Which attributes of which module of ``minilm_fast.ops`` are the operators with CUDA kernels."""
 

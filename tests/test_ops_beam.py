@@ -1,4 +1,4 @@
-"""The C++ n-gram blocking and beam selection against their specifications."""
+"""The C++ n-gram blocking and the step of the search against their specifications."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import kernel_checks
 import pytest
 import torch
+from beam_cases import CASES, BeamCase, bad_arguments, check
+from beam_cases import arguments as beam_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,48 +62,46 @@ def test_banned_ngrams(sequences: list[list[int]], n: int, ignored: list[int], s
         assert {i for i in banned[row].tolist() if i >= 0} == expected
 
 
-@given(st.integers(0, 20), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=150)
-def test_beam_step_is_a_stable_topk(examples: int, beams: int, width: int, ties: bool, seed: int) -> None:
-    """The scores are those of torch.topk; the order is that of a stable sort, so equal scores keep theirs."""
-    generator = torch.Generator().manual_seed(seed)
-    candidates = torch.randn(examples, beams, width, generator=generator)
-    scores = torch.randn(examples, beams, generator=generator)
-    if ties:
-        candidates, scores = candidates.round(), scores.round()
-    ids = torch.randint(0, 6, (examples, beams, width), generator=generator, dtype=torch.int32)
-    last = torch.randint(0, 6, (examples, beams), generator=generator, dtype=torch.int32)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_step_is_that_of_the_specification(case: BeamCase) -> None:
     with kernel_checks.threads(2):
-        best, best_ids, parents = ops.beam_step(candidates, ids, scores, last, 3)
-    totals = (candidates + ((last == 3).float() * -10000.0 + scores)[..., None]).flatten(1)
-    order = totals.argsort(dim=1, descending=True, stable=True)[:, :width]
-    assert torch.equal(best, totals.topk(width, dim=1).values)
-    assert torch.equal(best, totals.gather(1, order))
-    assert torch.equal(best_ids, ids.flatten(1).gather(1, order))
-    assert torch.equal(parents, (order // width).int())
+        check(case, torch.ops.minilm_fast.advance_beams)
 
 
-def test_beam_step_with_nan_and_infinity() -> None:
-    candidates = torch.tensor([[[0.0, NAN, -float("inf")], [float("inf"), NAN, 2.0]]])
-    ids = torch.arange(6, dtype=torch.int32).view(1, 2, 3)
-    best, best_ids, parents = ops.beam_step(candidates, ids, torch.zeros(1, 2), _int([[9, 9]]), 3)
-    assert best_ids.tolist() == [[1, 4, 3]]
-    assert parents.tolist() == [[0, 1, 1]]
-    assert best[0, :2].isnan().all() and best[0, 2] == float("inf")
+@given(st.integers(1, 20), st.integers(2, 9), st.booleans(), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=100)
+def test_the_choice_is_a_stable_topk(examples: int, beams: int, ties: bool, seed: int) -> None:
+    """The scores are those of torch.topk; the order is that of a stable sort, so equal scores keep theirs."""
+    arguments = beam_arguments(BeamCase(rows=examples, beams=beams, traced=True, ties=ties, seed=seed))
+    arguments["running"][:] = True
+    arguments["frame"][:] = 1
+    candidates, ids = arguments["candidate_scores"], arguments["candidate_ids"]
+    before = (arguments["last_ids"] == 3).float() * -10000.0 + arguments["scores"]
+    totals = (candidates + before[..., None]).flatten(1)
+    order = totals.argsort(dim=1, descending=True, stable=True)[:, :beams]
+    torch.ops.minilm_fast.advance_beams(*arguments.values())
+    assert torch.equal(arguments["scores"], totals.topk(beams, dim=1).values)
+    assert torch.equal(arguments["scores"], totals.gather(1, order))
+    assert torch.equal(arguments["last_ids"], ids.flatten(1).gather(1, order))
+    assert torch.equal(arguments["trace_parents"][:, 1], (order // beams).int())
 
 
-def _beam_arguments() -> dict[str, object]:
-    return {
-        "candidate_scores": torch.randn(2, 3, 4),
-        "candidate_ids": torch.randint(0, 9, (2, 3, 4), dtype=torch.int32),
-        "scores": torch.randn(2, 3),
-        "last_ids": torch.randint(0, 9, (2, 3), dtype=torch.int32),
-        "eos": 3,
-    }
+def test_the_choice_with_nan_and_infinity() -> None:
+    arguments = beam_arguments(BeamCase(rows=1, beams=2, traced=True))
+    arguments["running"][:], arguments["frame"][:] = True, 1
+    arguments["scores"].zero_()
+    arguments["last_ids"][:] = 9
+    arguments["candidate_scores"] = torch.tensor([[[0.0, NAN], [float("inf"), NAN]]])
+    arguments["candidate_ids"] = torch.arange(4, dtype=torch.int32).view(1, 2, 2)
+    torch.ops.minilm_fast.advance_beams(*arguments.values())
+    assert arguments["last_ids"].tolist() == [[1, 3]]
+    assert arguments["trace_parents"][0, 1].tolist() == [0, 1]
+    assert arguments["scores"].isnan().all()
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.minilm_fast.beam_step.default, tuple(_beam_arguments().values()))
+    arguments = tuple(beam_arguments(BeamCase(rows=3, traced=True)).values())
+    torch.library.opcheck(torch.ops.minilm_fast.advance_beams.default, arguments)
     torch.library.opcheck(
         torch.ops.minilm_fast.ban_repeated_ngrams.default,
         (torch.randint(0, 3, (4, 9), dtype=torch.int32), _int([9, 0, 4, 8]), 2, _int([1])),
@@ -111,21 +111,16 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"candidate_scores": torch.zeros(2, 12)}, "candidate_scores must have the shape"),
-        ({"candidate_scores": torch.zeros(2, 3, 4).double()}, "candidate_scores must be"),
-        ({"candidate_scores": torch.zeros(2, 0, 4), "candidate_ids": torch.zeros(2, 0, 4).int()}, "one beam"),
-        ({"candidate_ids": torch.zeros(2, 3, 5).int()}, "candidate_ids must have the shape"),
-        ({"candidate_ids": torch.zeros(2, 3, 4).long()}, "candidate_ids must be"),
-        ({"scores": torch.zeros(3, 2).t()}, "scores must be contiguous"),
-        ({"last_ids": torch.zeros(2, 2).int()}, "last_ids must have the shape"),
+        *bad_arguments(),
+        ({"rows": _int([0, 7, 1])}, r"rows\[1\] is 7, there are 7 rows"),
+        ({"frame": torch.full((7,), 9).int(), "running": torch.ones(7).bool()}, r"frame\[5\] is 9, tokens holds 9"),
+        ({"steps": torch.full((7,), -1).int(), "running": torch.ones(7).bool()}, r"steps\[5\] is -1"),
     ],
 )
-def test_bad_beams(changes: dict[str, object], message: str) -> None:
-    arguments = _beam_arguments() | changes
-    if arguments["candidate_scores"].shape[1] == 0:
-        arguments |= {"scores": torch.zeros(2, 0), "last_ids": torch.zeros(2, 0).int()}
-    with pytest.raises(RuntimeError, match=f"beam_step: .*{message}"):
-        torch.ops.minilm_fast.beam_step(*arguments.values())
+def test_bad_steps(changes: dict[str, object], message: str) -> None:
+    arguments = beam_arguments(CASES["some rows"]) | changes
+    with pytest.raises(RuntimeError, match=f"advance_beams: .*{message}"):
+        torch.ops.minilm_fast.advance_beams(*arguments.values())
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from minilm_fast import backend
 from minilm_fast.config import Config
+from minilm_fast.decoding import pooled
 from minilm_fast.decoding.options import SearchOptions
-from minilm_fast.decoding.pooled import PooledSearch
+from minilm_fast.decoding.pooled import Pool, PooledSearch
 from minilm_fast.decoding.result import Hypothesis
 from minilm_fast.decoding.search import BeamSearch, SpecialIds
 from minilm_fast.modeling.inference import InferenceEngine
@@ -44,16 +48,9 @@ def random_sources() -> list[list[int]]:
 
 
 def in_pool(search: BeamSearch, sources: list[list[int]], slots: int) -> dict[int, Hypothesis]:
-    options = search.options
-    cache = search.engine.new_cache(
-        slots=slots,
-        beams=options.beam_size,
-        source_capacity=max(map(len, sources)),
-        steps=options.max_tgt_length + int(options.pos_shift),
-    )
     with torch.inference_mode():
         waiting = deque(range(len(sources)))
-        return dict(PooledSearch(search, cache).run(sources, waiting))
+        return dict(PooledSearch(search, slots, max(map(len, sources))).run(sources, waiting))
 
 
 @pytest.mark.parametrize(
@@ -76,3 +73,138 @@ def test_answers_are_those_of_the_plain_search(engine: InferenceEngine, options:
     assert in_pool(search, sources, slots) == plain
     assert sorted(plain) == list(range(len(sources)))
     assert len({len(hypothesis.ids) for hypothesis in plain.values()}) > 1 or "early_exit" in options
+
+
+def with_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects for how many rows each step was computed."""
+    sizes: list[int] = []
+    step = Pool.step
+
+    def counted(pool: Pool, search: BeamSearch, size: int) -> None:
+        sizes.append(size)
+        step(pool, search, size)
+
+    monkeypatch.setattr(Pool, "step", counted)
+    return sizes
+
+
+def test_steps_become_smaller_when_nothing_waits(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = with_sizes(monkeypatch)
+    options = SearchOptions(batch_size=9, max_tgt_length=12, beam_size=3, length_penalty=0.7)
+    in_pool(BeamSearch(engine, options, SPECIAL), random_sources(), 9)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 9 and sizes[-1] < 9 and set(sizes) <= {9, 5, 3, 2, 1}
+
+
+def test_no_step_is_started_in_vain(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = with_sizes(monkeypatch)
+    options = SearchOptions(batch_size=4, max_tgt_length=12, beam_size=3, early_exit=False)
+    in_pool(BeamSearch(engine, options, SPECIAL), random_sources()[:4], 4)
+    assert sizes == [4] * 11
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the operators that are more than another view of a tensor."""
+
+    VIEWS = frozenset({"view", "slice", "select", "_unsafe_view", "unsqueeze", "transpose", "t", "detach"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.split("::")[1]
+        if name not in self.VIEWS:
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("traces", [False, True])
+def test_what_a_step_takes_but_for_the_layers(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch, traces: bool
+) -> None:
+    options = SearchOptions(
+        batch_size=4, max_tgt_length=12, beam_size=3, forbid_duplicate_ngrams=True, min_len=5, need_score_traces=traces
+    )
+    search = BeamSearch(engine, options, SPECIAL)
+    pool = Pool(search, 4, 16)
+    hidden = torch.ones(6, engine.config.hidden_size)
+    monkeypatch.setattr(engine, "step", lambda *_: hidden)
+    with torch.inference_mode(), _Counting() as counting:
+        pool.step(search, 2)
+    assert counting.found == Counter(
+        {"ban_repeated_ngrams": 1, "linear": 1, "add_layer_norm": 1, "lm_head_topk": 1, "advance_beams": 1}
+    )
+
+
+def test_a_pool_is_used_again(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.kept.clear()
+    made: list[Pool] = []
+    initialise = Pool.__init__
+
+    def counted(pool: Pool, *args: Any) -> None:
+        made.append(pool)
+        initialise(pool, *args)
+
+    monkeypatch.setattr(Pool, "__init__", counted)
+    sources = random_sources()
+
+    def decode(given: list[list[int]], slots: int, **options: Any) -> int:
+        """Decodes; how many pools that made."""
+        before = len(made)
+        search = BeamSearch(engine, SearchOptions(batch_size=slots, max_tgt_length=12, **options), SPECIAL, ignored=[7])
+        assert in_pool(search, given, slots) == dict(search.run(given))
+        return len(made) - before
+
+    beams = {"beam_size": 3, "forbid_duplicate_ngrams": True, "ngram_size": 2}
+    assert decode(sources, 4, **beams) == 1
+    assert decode(sources[:3], 2, **beams) == 0
+    assert decode(sources[3:], 4, **beams) == 0
+    assert decode(sources, 5, **beams) == 1, "more slots"
+    assert decode([*sources, [9] * 40], 5, **beams) == 1, "a longer source"
+    assert decode(sources, 5, **beams | {"min_len": 3}) == 1, "another rule"
+    with backend("reference"):
+        assert decode(sources[:2], 2, **beams) == 1, "another backend"
+    assert len(engine.kept) == pooled.KEPT_POOLS
+    # One that was not run to its end is not kept.
+    search = BeamSearch(engine, SearchOptions(batch_size=2, max_tgt_length=12), SPECIAL)
+    with torch.inference_mode():
+        running = PooledSearch(search, 2, 30).run(sources, deque(range(5)))
+        next(running)
+        running.close()
+    assert decode(sources, 2) == 1
+
+
+def test_a_kept_pool_makes_room(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.kept.clear()
+    sources = random_sources()
+    in_pool(BeamSearch(engine, SearchOptions(batch_size=4, max_tgt_length=12), SPECIAL), sources, 4)
+    other = BeamSearch(engine, SearchOptions(batch_size=4, max_tgt_length=12, beam_size=2), SPECIAL)
+    new_cache, refused = engine.new_cache, []
+
+    def full(**sizes: Any) -> Any:
+        if engine.kept:
+            refused.append(sizes)
+            raise torch.OutOfMemoryError("out of memory")
+        return new_cache(**sizes)
+
+    monkeypatch.setattr(engine, "new_cache", full)
+    assert len(in_pool(other, sources, 4)) == len(sources)
+    assert len(refused) == 1 and len(engine.kept) == 1
+
+
+def test_sizes_are_captured_when_they_have_been_wanted_often(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooled, "PATIENCE", 2)
+    pool = Pool(BeamSearch(engine, SearchOptions(max_tgt_length=12), SPECIAL), 8, 16)
+    assert [pool.size_for(n) for n in (8, 5, 4, 3, 2, 1)] == [8, 8, 4, 4, 2, 1]
+    # As on a GPU, where each size has a graph.
+    monkeypatch.setattr(pool, "device", torch.device("cuda"))
+    graphs: dict[int, Any] = {}
+    monkeypatch.setattr(pool, "_graphs", graphs)
+    assert pool.size_for(3) == 4
+    graphs[8] = "captured"
+    assert [pool.size_for(n) for n in (8, 3, 4, 3, 1)] == [8, 8, 8, 4, 8]
+    graphs[4] = "captured"
+    assert [pool.size_for(n) for n in (3, 1, 5, 1)] == [4, 4, 8, 1]

@@ -1,20 +1,16 @@
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/full_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
-#include <tuple>
 #include <vector>
 
+#include "advance_beams_arguments.h"
 #include "checks.h"
 
 namespace minilm_fast {
 namespace {
-
-constexpr float kForbidden = -10000.0f;
 
 bool contains(const int32_t* begin, const int32_t* end, int32_t value) { return std::find(begin, end, value) != end; }
 
@@ -53,54 +49,101 @@ at::Tensor ban_repeated_ngrams(const at::Tensor& tokens, const at::Tensor& lengt
   return banned;
 }
 
-// Descending order of scores, NaN before everything as in torch.topk, then ascending order of indices.
-struct Better {
-  const float* scores;
-  bool operator()(int32_t a, int32_t b) const {
-    const bool nan_a = std::isnan(scores[a]), nan_b = std::isnan(scores[b]);
-    if (nan_a != nan_b) return nan_a;
-    if (!nan_a && scores[a] != scores[b]) return scores[a] > scores[b];
-    return a < b;
-  }
+// What the threads of advance_beams need besides their arguments.
+struct Scratch {
+  std::vector<float> totals, scores;
+  std::vector<int32_t> order, ids, parents, column;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> beam_step(const at::Tensor& candidate_scores,
-                                                         const at::Tensor& candidate_ids, const at::Tensor& scores,
-                                                         const at::Tensor& last_ids, int64_t eos) {
-  constexpr char kOp[] = "beam_step";
-  const float* candidates = check_floats(kOp, "candidate_scores", candidate_scores, {-1, -1, -1});
-  const int64_t examples = candidate_scores.size(0), beams = candidate_scores.size(1), width = candidate_scores.size(2);
-  const int32_t* ids = check_ints(kOp, "candidate_ids", candidate_ids, candidate_scores.sizes());
-  const float* sums = check_floats(kOp, "scores", scores, {examples, beams});
-  const int32_t* last = check_ints(kOp, "last_ids", last_ids, {examples, beams});
-  TORCH_CHECK(beams >= 1 || examples * width == 0, kOp, ": candidate_scores must have at least one beam, got ",
-              candidate_scores.sizes());
+// The best of the candidates of an example, equal ones in their order, into scores, ids and parents.
+void choose(const AdvanceBeams& p, int64_t example, Scratch& scratch) {
+  const int64_t row = p.row(example), count = int64_t{p.candidate_beams} * p.beams;
+  std::vector<float>& totals = scratch.totals;
+  for (int64_t i = 0; i < count; ++i)
+    totals[i] = total_score(p, p.candidate_scores[example * count + i], row * p.beams + i / p.beams);
+  std::iota(scratch.order.begin(), scratch.order.end(), 0);
+  std::partial_sort(scratch.order.begin(), scratch.order.begin() + p.beams, scratch.order.end(),
+                    [&](int32_t a, int32_t b) { return goes_before(totals[a], a, totals[b], b); });
+  for (int b = 0; b < p.beams; ++b) {
+    const int32_t chosen = scratch.order[b];
+    scratch.scores[b] = totals[chosen];
+    scratch.ids[b] = p.candidate_ids[example * count + chosen];
+    scratch.parents[b] = chosen / p.beams;
+  }
+}
 
-  at::Tensor best = at::empty({examples, width}, candidate_scores.options());
-  at::Tensor best_ids = at::empty({examples, width}, candidate_ids.options());
-  at::Tensor parents = at::empty({examples, width}, candidate_ids.options());
-  float* out_scores = best.data_ptr<float>();
-  int32_t* out_ids = best_ids.data_ptr<int32_t>();
-  int32_t* out_parents = parents.data_ptr<int32_t>();
-  at::parallel_for(0, examples, 16, [&](int64_t begin, int64_t end) {
-    const int64_t count = beams * width;
-    std::vector<float> totals(count);
-    std::vector<int32_t> order(count);
-    for (int64_t e = begin; e < end; ++e) {
-      for (int64_t b = 0; b < beams; ++b) {
-        const float before = (last[e * beams + b] == eos ? kForbidden : 0.0f) + sums[e * beams + b];
-        for (int64_t i = 0; i < width; ++i) totals[b * width + i] = candidates[(e * beams + b) * width + i] + before;
-      }
-      std::iota(order.begin(), order.end(), 0);
-      std::partial_sort(order.begin(), order.begin() + width, order.end(), Better{totals.data()});
-      for (int64_t i = 0; i < width; ++i) {
-        out_scores[e * width + i] = totals[order[i]];
-        out_ids[e * width + i] = ids[e * count + order[i]];
-        out_parents[e * width + i] = static_cast<int32_t>(order[i] / width);
-      }
-    }
+// Gives each hypothesis the first `count` entries of its parent; lists of `capacity` entries, one a hypothesis.
+void reorder(int32_t* lists, int64_t capacity, int32_t count, Scratch& scratch) {
+  const size_t beams = scratch.parents.size();
+  for (int32_t i = 0; i < count; ++i) {
+    for (size_t b = 0; b < beams; ++b) scratch.column[b] = lists[scratch.parents[b] * capacity + i];
+    for (size_t b = 0; b < beams; ++b) lists[static_cast<int64_t>(b) * capacity + i] = scratch.column[b];
+  }
+}
+
+void advance_example(const AdvanceBeams& p, int64_t example, Scratch& scratch) {
+  const int64_t row = p.row(example);
+  if (!p.first() && !p.running[row]) return;
+  choose(p, example, scratch);
+  const int32_t frame = p.first() ? 0 : p.frame[row], steps = p.first() ? p.entering : p.steps[row];
+  int32_t* tokens = p.tokens + row * p.beams * p.length;
+  int32_t* ancestry = p.ancestry + row * p.beams * p.history;
+  if (!p.first()) {
+    reorder(tokens, p.length, frame, scratch);
+    reorder(ancestry, p.history, steps, scratch);
+  }
+  for (int b = 0; b < p.beams; ++b) {
+    tokens[static_cast<int64_t>(b) * p.length + frame] = scratch.ids[b];
+    // The last token has just been stored under the beam that was its parent; what comes before a target, under beam 0.
+    if (p.first())
+      std::fill_n(ancestry + static_cast<int64_t>(b) * p.history, steps, 0);
+    else
+      ancestry[static_cast<int64_t>(b) * p.history + steps] = scratch.parents[b];
+    enter_hypothesis(p, row, frame, b, scratch.scores[b], scratch.ids[b], scratch.parents[b]);
+  }
+  const int winner = settle(p, row, scratch.scores.data(), scratch.ids.data());
+  if (winner < 0) return;
+  const int32_t* best = tokens + static_cast<int64_t>(winner) * p.length;
+  std::copy_n(best, frame + 1, p.best_tokens + row * p.length);
+}
+
+// The kernel writes where these point.
+void check_places(const char* op, const AdvanceBeams& p) {
+  for (int64_t e = 0; e < p.examples; ++e) {
+    const int64_t row = p.row(e);
+    TORCH_CHECK(row >= 0 && row < p.all_rows, op, ": rows[", e, "] is ", row, ", there are ", p.all_rows, " rows");
+    if (p.first() || !p.running[row]) continue;
+    TORCH_CHECK(p.frame[row] >= 0 && p.frame[row] < p.length, op, ": frame[", row, "] is ", p.frame[row],
+                ", tokens holds ", p.length);
+    TORCH_CHECK(p.steps[row] >= 0 && p.steps[row] < p.history, op, ": steps[", row, "] is ", p.steps[row],
+                ", ancestry holds ", p.history);
+  }
+}
+
+void advance_beams(const at::Tensor& candidate_scores, const at::Tensor& candidate_ids,
+                   const std::optional<at::Tensor>& rows, const at::Tensor& divisors, at::Tensor& running,
+                   at::Tensor& frame, at::Tensor& steps, at::Tensor& scores, at::Tensor& last_ids, at::Tensor& tokens,
+                   at::Tensor& ancestry, at::Tensor& best_score, at::Tensor& best_tokens, at::Tensor& best_length,
+                   at::Tensor& all_ended, at::Tensor& lengths, at::Tensor& suppress, at::Tensor& trace_scores,
+                   at::Tensor& trace_ids, at::Tensor& trace_parents, int64_t sep, int64_t pad, int64_t min_len,
+                   bool early_exit, int64_t entering) {
+  constexpr char kOp[] = "advance_beams";
+  const auto check = [&](const char* name, const at::Tensor& x, at::ScalarType type, at::IntArrayRef shape) {
+    check_dtype(kOp, name, x, {type});
+    check_shape(kOp, name, x, shape);
+    check_contiguous(kOp, name, x);
+  };
+  const AdvanceBeams p = advance_beams_arguments(kOp, check, candidate_scores, candidate_ids, rows, divisors, running,
+                                                 frame, steps, scores, last_ids, tokens, ancestry, best_score,
+                                                 best_tokens, best_length, all_ended, lengths, suppress, trace_scores,
+                                                 trace_ids, trace_parents, sep, pad, min_len, early_exit, entering);
+  check_places(kOp, p);
+  at::parallel_for(0, p.examples, 16, [&](int64_t begin, int64_t end) {
+    const size_t beams = p.beams, count = p.candidate_beams * beams;
+    Scratch scratch = {std::vector<float>(count),   std::vector<float>(beams),   std::vector<int32_t>(count),
+                       std::vector<int32_t>(beams), std::vector<int32_t>(beams), std::vector<int32_t>(beams)};
+    for (int64_t e = begin; e < end; ++e) advance_example(p, e, scratch);
   });
-  return {best, best_ids, parents};
 }
 
 }  // namespace
@@ -108,5 +151,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> beam_step(const at::Tensor& candi
 
 TORCH_LIBRARY_IMPL(minilm_fast, CPU, m) {
   m.impl("ban_repeated_ngrams", &minilm_fast::ban_repeated_ngrams);
-  m.impl("beam_step", &minilm_fast::beam_step);
+  m.impl("advance_beams", &minilm_fast::advance_beams);
 }

@@ -1,10 +1,9 @@
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
-#include <tuple>
 
+#include "advance_beams_arguments.h"
 #include "beam_cuda.h"
 #include "cuda_operator.h"
 
@@ -30,33 +29,26 @@ at::Tensor ban_repeated_ngrams(const at::Tensor& tokens, const at::Tensor& lengt
   return banned;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> beam_step(const at::Tensor& candidate_scores,
-                                                         const at::Tensor& candidate_ids, const at::Tensor& scores,
-                                                         const at::Tensor& last_ids, int64_t eos) {
-  constexpr char kOp[] = "beam_step";
-  BeamStep p{};
-  const at::Tensor& first = candidate_scores;
-  p.candidate_scores = check_device_floats(kOp, "candidate_scores", candidate_scores, first, {-1, -1, -1});
-  const int64_t examples = first.size(0), beams = first.size(1), width = first.size(2);
-  p.candidate_ids = check_device_ints(kOp, "candidate_ids", candidate_ids, first, first.sizes());
-  p.scores = check_device_floats(kOp, "scores", scores, first, {examples, beams});
-  p.last_ids = check_device_ints(kOp, "last_ids", last_ids, first, {examples, beams});
-  TORCH_CHECK((beams >= 1 || examples * width == 0) && beams * width <= kMostTotals, kOp,
-              ": candidate_scores must have from 1 beam to ", kMostTotals, " candidates an example, got ",
-              first.sizes());
-  const Launching launching(first);
-  at::Tensor best = at::empty({examples, width}, candidate_scores.options());
-  at::Tensor ids = at::empty({examples, width}, candidate_ids.options());
-  at::Tensor parents = at::empty({examples, width}, candidate_ids.options());
-  p.out_scores = best.data_ptr<float>();
-  p.out_ids = ids.data_ptr<int32_t>();
-  p.out_parents = parents.data_ptr<int32_t>();
-  p.examples = static_cast<int32_t>(examples);
-  p.beams = static_cast<int32_t>(beams);
-  p.width = static_cast<int32_t>(width);
-  p.eos = static_cast<int32_t>(eos);
-  check_launch(kOp, launch_beam_step(p, launching.stream()));
-  return {best, ids, parents};
+void advance_beams(const at::Tensor& candidate_scores, const at::Tensor& candidate_ids,
+                   const std::optional<at::Tensor>& rows, const at::Tensor& divisors, at::Tensor& running,
+                   at::Tensor& frame, at::Tensor& steps, at::Tensor& scores, at::Tensor& last_ids, at::Tensor& tokens,
+                   at::Tensor& ancestry, at::Tensor& best_score, at::Tensor& best_tokens, at::Tensor& best_length,
+                   at::Tensor& all_ended, at::Tensor& lengths, at::Tensor& suppress, at::Tensor& trace_scores,
+                   at::Tensor& trace_ids, at::Tensor& trace_parents, int64_t sep, int64_t pad, int64_t min_len,
+                   bool early_exit, int64_t entering) {
+  constexpr char kOp[] = "advance_beams";
+  const auto check = [&](const char* name, const at::Tensor& x, at::ScalarType type, at::IntArrayRef shape) {
+    check_tensor(kOp, name, x, tokens, {type});
+    check_shape(kOp, name, x, shape);
+    check_contiguous(kOp, name, x);
+  };
+  const AdvanceBeams p = advance_beams_arguments(kOp, check, candidate_scores, candidate_ids, rows, divisors, running,
+                                                 frame, steps, scores, last_ids, tokens, ancestry, best_score,
+                                                 best_tokens, best_length, all_ended, lengths, suppress, trace_scores,
+                                                 trace_ids, trace_parents, sep, pad, min_len, early_exit, entering);
+  TORCH_CHECK(p.beams <= kMostBeams, kOp, ": tokens must have at most ", kMostBeams, " beams on CUDA, got ", p.beams);
+  const Launching launching(tokens);
+  check_launch(kOp, launch_advance_beams(p, launching.stream()));
 }
 
 }  // namespace
@@ -64,5 +56,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> beam_step(const at::Tensor& candi
 
 MINILM_FAST_CUDA_LIBRARY(m) {
   m.impl("ban_repeated_ngrams", &minilm_fast::cuda::ban_repeated_ngrams);
-  m.impl("beam_step", &minilm_fast::cuda::beam_step);
+  m.impl("advance_beams", &minilm_fast::cuda::advance_beams);
 }

@@ -4,9 +4,8 @@
 namespace minilm_fast::cuda {
 namespace {
 
-constexpr float kForbidden = -10000.0f;
 constexpr int kBanWarps = 4;
-constexpr int kStepThreads = 128;
+constexpr int kBeamThreads = 128;
 
 // Whether `value` is in a list; all lanes of a warp look.
 __device__ bool warp_contains(const int32_t* list, int count, int32_t value) {
@@ -50,35 +49,87 @@ __global__ void __launch_bounds__(kBanWarps* kLanes) ban_ngrams_kernel(BanNgrams
   for (int i = listed + lane; i < p.capacity; i += kLanes) banned[i] = -1;
 }
 
-// Descending order, NaN before everything as in torch.topk, then ascending order of indices.
-__device__ bool goes_before(float a, int i, float b, int j) {
-  const bool nan_a = a != a, nan_b = b != b;
-  if (nan_a != nan_b) return nan_a;
-  if (!nan_a && a != b) return a > b;
-  return i < j;
-}
+// Where a block of advance_beams keeps its parts in shared memory: for all candidates their totals, for each hypothesis
+// the score, id and parent chosen, one column of tokens a thread, and the best hypothesis.
+struct BeamShared {
+  float *totals, *scores;
+  int32_t *ids, *parents, *column, *winner;
 
-// A block takes an example. The place of a candidate is the number of those before it, so each is found apart.
-__global__ void __launch_bounds__(kStepThreads) beam_step_kernel(BeamStep p) {
-  float* totals = reinterpret_cast<float*>(shared_memory());
+  __device__ BeamShared(const AdvanceBeams& p, unsigned char* memory) {
+    totals = reinterpret_cast<float*>(memory);
+    scores = totals + p.candidate_beams * p.beams;
+    ids = reinterpret_cast<int32_t*>(scores + p.beams);
+    parents = ids + p.beams;
+    column = parents + p.beams;
+    winner = column + p.beams * kBeamThreads;
+  }
+
+  static size_t bytes(const AdvanceBeams& p) {
+    return sizeof(int32_t) * (static_cast<size_t>(p.beams) * (p.candidate_beams + 3 + kBeamThreads) + 1);
+  }
+};
+
+// The place of a candidate is the number of those before it, so each is found apart. All threads of the block.
+__device__ void choose_beams(const AdvanceBeams& p, int64_t row, const BeamShared& shared) {
   const int64_t example = blockIdx.x;
-  const int count = p.beams * p.width;
-  for (int i = threadIdx.x; i < count; i += kStepThreads) {
-    const int64_t beam = example * p.beams + i / p.width;
-    const float before = (p.last_ids[beam] == p.eos ? kForbidden : 0.0f) + p.scores[beam];
-    totals[i] = p.candidate_scores[example * count + i] + before;
+  const int count = p.candidate_beams * p.beams;
+  for (int i = threadIdx.x; i < count; i += kBeamThreads)
+    shared.totals[i] = total_score(p, p.candidate_scores[example * count + i], row * p.beams + i / p.beams);
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kBeamThreads) {
+    const float total = shared.totals[i];
+    int place = 0;
+    for (int j = 0; j < count; ++j) place += goes_before(shared.totals[j], j, total, i);
+    if (place >= p.beams) continue;
+    shared.scores[place] = total;
+    shared.ids[place] = p.candidate_ids[example * count + i];
+    shared.parents[place] = i / p.beams;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < count; i += kStepThreads) {
-    const float total = totals[i];
-    int place = 0;
-    for (int j = 0; j < count; ++j) place += goes_before(totals[j], j, total, i);
-    if (place >= p.width) continue;
-    const int64_t to = example * p.width + place;
-    p.out_scores[to] = total;
-    p.out_ids[to] = p.candidate_ids[example * count + i];
-    p.out_parents[to] = i / p.width;
+}
+
+// Gives each hypothesis the first `count` entries of its parent, and `last` [beams], if there are any, as the next one.
+// Lists of `capacity` entries, one a hypothesis. A thread takes a column, so none waits for another.
+__device__ void reorder(const AdvanceBeams& p, const BeamShared& shared, int32_t* lists, int capacity, int count,
+                        const int32_t* last) {
+  for (int i = threadIdx.x; i <= count; i += kBeamThreads) {
+    if (i < count) {
+      int32_t* column = shared.column + threadIdx.x;
+      for (int b = 0; b < p.beams; ++b) column[b * kBeamThreads] = lists[b * capacity + i];
+      for (int b = 0; b < p.beams; ++b) lists[b * capacity + i] = column[shared.parents[b] * kBeamThreads];
+    } else {
+      for (int b = 0; b < p.beams; ++b) lists[b * capacity + i] = last[b];
+    }
   }
+}
+
+// A block takes an example. Rows that stand still are left as they are.
+__global__ void __launch_bounds__(kBeamThreads) advance_beams_kernel(AdvanceBeams p) {
+  const int64_t row = p.row(blockIdx.x);
+  if (!p.first() && !p.running[row]) return;
+  const BeamShared shared(p, shared_memory());
+  const int frame = p.first() ? 0 : p.frame[row], steps = p.first() ? p.entering : p.steps[row];
+  int32_t* tokens = p.tokens + row * p.beams * p.length;
+  int32_t* ancestry = p.ancestry + row * p.beams * p.history;
+  choose_beams(p, row, shared);
+
+  reorder(p, shared, tokens, p.length, frame, shared.ids);
+  if (p.first()) {
+    // What comes before a target is stored under beam 0.
+    for (int i = threadIdx.x; i < p.beams * steps; i += kBeamThreads) ancestry[i / steps * p.history + i % steps] = 0;
+  } else {
+    // The last token has just been stored under the beam that was its parent.
+    reorder(p, shared, ancestry, p.history, steps, shared.parents);
+  }
+  for (int b = threadIdx.x; b < p.beams; b += kBeamThreads)
+    enter_hypothesis(p, row, frame, b, shared.scores[b], shared.ids[b], shared.parents[b]);
+  if (threadIdx.x == 0) *shared.winner = settle(p, row, shared.scores, shared.ids);
+  __syncthreads();
+  const int winner = *shared.winner;
+  if (winner < 0) return;
+  // Each thread reads what it has written itself.
+  for (int i = threadIdx.x; i <= frame; i += kBeamThreads)
+    p.best_tokens[row * p.length + i] = tokens[winner * p.length + i];
 }
 
 }  // namespace
@@ -89,10 +140,9 @@ cudaError_t launch_ban_repeated_ngrams(const BanNgrams& p, cudaStream_t stream) 
   return launch(ban_ngrams_kernel, grid, dim3(kBanWarps * kLanes), 0, stream, p);
 }
 
-cudaError_t launch_beam_step(const BeamStep& p, cudaStream_t stream) {
-  if (p.examples == 0 || p.width == 0) return cudaSuccess;
-  const size_t shared = static_cast<size_t>(p.beams) * p.width * sizeof(float);
-  return launch(beam_step_kernel, dim3(p.examples), dim3(kStepThreads), shared, stream, p);
+cudaError_t launch_advance_beams(const AdvanceBeams& p, cudaStream_t stream) {
+  if (p.examples == 0) return cudaSuccess;
+  return launch(advance_beams_kernel, dim3(p.examples), dim3(kBeamThreads), BeamShared::bytes(p), stream, p);
 }
 
 }  // namespace minilm_fast::cuda

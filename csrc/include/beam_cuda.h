@@ -4,10 +4,12 @@
 
 #include <cstdint>
 
+#include "advance_beams.h"
+
 namespace minilm_fast::cuda {
 
-// The most candidates of an example, beams * width.
-constexpr int kMostTotals = 8192;
+// The most hypotheses of an example that advance_beams takes.
+constexpr int kMostBeams = 64;
 
 // See minilm_fast/ops/beam.py; all tensors contiguous.
 struct BanNgrams {
@@ -18,14 +20,6 @@ struct BanNgrams {
 
 cudaError_t launch_ban_repeated_ngrams(const BanNgrams& problem, cudaStream_t stream);
 
-struct BeamStep {
-  const float *candidate_scores, *scores;   // [examples, beams, width], [examples, beams]
-  const int32_t *candidate_ids, *last_ids;  // [examples, beams, width], [examples, beams]
-  float* out_scores;                        // [examples, width], as the next two
-  int32_t *out_ids, *out_parents;
-  int32_t examples, beams, width, eos;
-};
-
-cudaError_t launch_beam_step(const BeamStep& problem, cudaStream_t stream);
+cudaError_t launch_advance_beams(const AdvanceBeams& problem, cudaStream_t stream);
 
 }  // namespace minilm_fast::cuda

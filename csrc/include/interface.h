@@ -3,4 +3,4 @@
 // loads it; both are raised where one of these changes. An operator that is only added needs no new number.
 #pragma once
 
-#define MINILM_FAST_INTERFACE "1"
+#define MINILM_FAST_INTERFACE "2"

@@ -76,3 +76,13 @@ class SearchOptions:
     def constrained(self) -> bool:
         """Whether minimum length, n-gram blocking and length penalty apply: with beams only."""
         return self.beam_size > 1
+
+    @property
+    def entering(self) -> int:
+        """History entries of an example before its first step: with position shift the ``[SEP]`` before the target."""
+        return int(self.pos_shift)
+
+    @property
+    def traced_frames(self) -> int:
+        """Frames whose scores, ids and back-pointers are kept."""
+        return self.max_tgt_length if self.need_score_traces else 0

@@ -1,172 +1,264 @@
 """Beam search on a GPU: a fixed pool of examples whose step is a CUDA graph that is captured once and replayed.
 
 Every tensor of the search stays where it is. An example that has its answer stands still, its row is computed all the
-same, until a waiting one takes its place. The host never waits for the step that it has just started: it looks at what
-the step before said of who has finished, so the device always has work.
+same, until a waiting one takes its place. Once none waits, the rows in use are moved to the front as they become fewer,
+and a step is computed for the first half, quarter, ... of the pool. The host never waits for the step that it has just
+started: it looks at what the step before left, so the device always has work.
+
+A pool is kept by the engine and used again, graphs included, by the next search with the same options.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from minilm_fast.decoding.result import Hypothesis
-from minilm_fast.modeling.inference import DecodeCache
+from minilm_fast.decoding.state import StateLayout, winner
+from minilm_fast.errors import is_out_of_memory
+from minilm_fast.ops import BeamState, forced_backend
 
 if TYPE_CHECKING:
-    from minilm_fast.decoding.search import BeamSearch, LiveExamples
+    from minilm_fast.decoding.search import BeamSearch
 
 # Steps under way whose outcome the host has not looked at.
 IN_FLIGHT = 2
 # Runs before the capture, in which libraries allocate and kernels are compiled.
 WARM_UP = 2
+# So many steps must have wanted a size that there is no graph for, while there is one for a larger size, before it is
+# captured: a capture takes as long as hundreds of steps.
+PATIENCE = 256
+# Pools that an engine keeps.
+KEPT_POOLS = 2
 
 
-class Replayed:
-    """A function without arguments that only changes tensors in place; on a GPU captured at the first call.
+class Pool:
+    """The memory of a search and its captured steps; it does not hold the engine, whose weights the graphs read.
 
     Args:
-        function: what to run. It must not wait for the device.
-        restore: undoes what the runs before the capture changed.
-        device: where its tensors are; on a CPU the function is called each time.
+        search: whose options and engine it is for.
+        slots: examples at a time.
+        source_capacity: longest source.
     """
 
-    def __init__(self, function: Callable[[], None], restore: Callable[[], None], device: torch.device) -> None:
-        self._function = function
-        self._restore = restore
-        self._device = device
-        self._graph: torch.cuda.CUDAGraph | None = None
+    def __init__(self, search: BeamSearch, slots: int, source_capacity: int) -> None:
+        device = search.engine.device
+        self.device = device
+        self.capacity = slots
+        self.source_capacity = source_capacity
+        self.layout = StateLayout(slots, search.options)
+        self.cache = search.new_cache(slots, source_capacity)
+        self.buffer = torch.zeros(self.layout.bytes, dtype=torch.uint8, device=device)
+        self.state = BeamState(**self.layout.over(self.buffer))
+        self._all_slots = torch.arange(slots, dtype=torch.int32, device=device)
+        self.slots = self._all_slots.clone()
+        # The graphs read these.
+        self._rules, self._ignored = search.rules, search.ignored
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._wanted: Counter[int] = Counter()
+        self._idle: torch.cuda.Event | None = None
+        self._sizes = [slots]
+        while self._sizes[-1] > 1:
+            self._sizes.append(-(-self._sizes[-1] // 2))
 
-    def __call__(self) -> None:
-        if self._device.type != "cuda":
-            self._function()
+    def start(self, search: BeamSearch) -> None:
+        """Makes it ready for a search, and the search for it: all rows stand still."""
+        search.rules, search.ignored = self._rules, self._ignored
+        if self._idle is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._idle)
+        self.buffer.zero_()
+        self.slots.copy_(self._all_slots)
+
+    def end(self) -> None:
+        """Called when the last step of a search has been started."""
+        if self.device.type == "cuda":
+            self._idle = torch.cuda.Event()
+            self._idle.record(torch.cuda.current_stream(self.device))
+
+    def size_for(self, examples: int) -> int:
+        """For how many rows a step is to be computed that so many examples take."""
+        fitting = min(size for size in self._sizes if size >= examples)
+        captured = [size for size in self._graphs if size >= examples]
+        if self.device.type != "cuda" or fitting in captured or not captured:
+            return fitting
+        self._wanted[fitting] += 1
+        return fitting if self._wanted[fitting] > PATIENCE else min(captured)
+
+    def first(self, size: int) -> tuple[BeamState, torch.Tensor]:
+        """State and slots of the first rows."""
+        return BeamState(*(x[:size] for x in self.state)), self.slots[:size]
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """Moves rows to places that nothing is read from any more."""
+        source, target = torch.tensor([sources, targets]).to(self.device)
+        for x in (self.slots, *self.state):
+            x[target] = x[source]
+
+    def step(self, search: BeamSearch, size: int) -> None:
+        """One step of the first rows; on a GPU captured when the size is first used."""
+        if self.device.type != "cuda":
+            self._step(search, size)
             return
-        if self._graph is None:
-            self._graph = self._capture()
-        self._graph.replay()
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(search, size)
+        self._graphs[size].replay()
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
+    def _step(self, search: BeamSearch, size: int) -> None:
+        search.step(*self.first(size), self.cache)
+
+    def _capture(self, search: BeamSearch, size: int) -> torch.cuda.CUDAGraph:
+        # A step of rows that stand still changes nothing but the last entry of the history, which is written again.
+        running = self.state.running.clone()
+        self.state.running.zero_()
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self._function()
-            self._restore()
-        torch.cuda.current_stream(self._device).wait_stream(side)
+                self._step(search, size)
+            self.state.running.copy_(running)
+        torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._function()
+        with torch.cuda.graph(graph, pool=self._memory):
+            self._step(search, size)
         return graph
 
 
-class _Flags:
-    """Which rows had finished after each of the last steps, on their way to the host."""
+class _Answers:
+    """What the last steps left of what an answer is read from, on its way to the host, and whose each row was then."""
 
-    def __init__(self) -> None:
-        self._pending: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+    def __init__(self, pool: Pool) -> None:
+        self._part = pool.buffer[: pool.layout.answer_bytes]
+        self._layout = pool.layout
+        self._pending: deque[tuple[torch.Tensor, torch.cuda.Event | None, dict[int, int]]] = deque()
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def send(self, flags: torch.Tensor) -> None:
-        if flags.device.type != "cuda":
-            self._pending.append((flags.clone(), None))
+    def send(self, rows: dict[int, int]) -> None:
+        """Starts the copy; ``rows``: the row of each example."""
+        if self._part.device.type != "cuda":
+            self._pending.append((self._part.clone(), None, dict(rows)))
             return
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
+        host = torch.empty(self._part.shape, dtype=self._part.dtype, pin_memory=True)
+        host.copy_(self._part, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending.append((host, event))
+        self._pending.append((host, event, dict(rows)))
 
-    def receive(self) -> torch.Tensor:
-        """The oldest flags; waits for them."""
-        host, event = self._pending.popleft()
+    def receive(self) -> tuple[dict[str, torch.Tensor], dict[int, int]]:
+        """The oldest; waits for it."""
+        host, event, rows = self._pending.popleft()
         if event is not None:
             event.synchronize()
-        return host
+        return self._layout.over(host), rows
 
 
 class PooledSearch:
-    """Runs a search on a pool; one row a slot of the cache.
+    """Runs a search on a pool, which it takes from the engine or makes.
 
     Args:
         search: what to search and with which engine.
-        cache: has as many slots as the pool rows.
+        slots: examples side by side.
+        source_capacity: the longest source.
     """
 
-    def __init__(self, search: BeamSearch, cache: DecodeCache) -> None:
+    def __init__(self, search: BeamSearch, slots: int, source_capacity: int) -> None:
         self._search = search
-        self._cache = cache
-        slots = cache.source_lengths.numel()
-        self._pool: LiveExamples = search.new_live(range(slots), range(slots))
-        device = self._pool.frame.device
-        self._running = torch.zeros(slots, dtype=torch.bool, device=device)
-        self._saved: LiveExamples | None = None
-        self._step = Replayed(self._advance, self._restore, device)
+        self._slots = slots
+        self._capacity = source_capacity
 
     def run(self, sources: Sequence[Sequence[int]], waiting: deque[int]) -> Iterator[tuple[int, Hypothesis]]:
         """Decodes the waiting sources and yields ``(index, winner)`` as they finish."""
-        slots = len(self._pool)
-        owners: dict[int, int] = {}
-        entered: dict[int, int] = {}
-        free = list(reversed(range(slots)))
-        flags = _Flags()
-        count = 0
-        while waiting or owners:
-            if self._search.admits(len(free), slots, bool(owners), len(waiting)):
-                rows = [free.pop() for _ in range(min(len(free), len(waiting)))]
-                examples = [waiting.popleft() for _ in rows]
-                self._enter(sources, examples, rows)
-                owners |= dict(zip(rows, examples, strict=True))
-                # What a row's flags said before belongs to the example that had it then.
-                entered |= dict.fromkeys(rows, count)
+        kept, key = self._search.engine.kept, self._key()
+        try:
+            pool = self._take(kept.pop(key, None))
+            yield from self._run(pool, sources, waiting)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                kept.clear()
+            raise
+        pool.end()
+        while len(kept) >= KEPT_POOLS:
+            kept.pop(next(iter(kept)))
+        kept[key] = pool
+
+    def _key(self) -> Hashable:
+        """All that a captured step depends on but for the engine and the sizes."""
+        search = self._search
+        options = dataclasses.replace(search.options, batch_size=1)
+        settings = (forced_backend(), torch.get_float32_matmul_precision())
+        return options, search.special, search.ignored_ids, settings
+
+    def _take(self, pool: Pool | None) -> Pool:
+        if pool is not None and pool.capacity >= self._slots and pool.source_capacity >= self._capacity:
+            return pool
+        del pool
+        try:
+            return Pool(self._search, self._slots, self._capacity)
+        except (MemoryError, RuntimeError) as error:
+            if not self._search.engine.kept or not is_out_of_memory(error):
+                raise
+        self._search.engine.kept.clear()
+        return Pool(self._search, self._slots, self._capacity)
+
+    def _run(
+        self, pool: Pool, sources: Sequence[Sequence[int]], waiting: deque[int]
+    ) -> Iterator[tuple[int, Hypothesis]]:
+        options = self._search.options
+        rows: dict[int, int] = {}
+        frames: dict[int, int] = {}
+        free = list(reversed(range(self._slots)))
+        pool.start(self._search)
+        size = pool.size_for(self._slots)
+        answers = _Answers(pool)
+        while waiting or rows:
+            if self._search.admits(len(free), self._slots, bool(rows), len(waiting)):
+                entering = {waiting.popleft(): free.pop() for _ in range(min(len(free), len(waiting)))}
+                self._enter(pool, sources, entering)
+                rows |= entering
+                frames |= dict.fromkeys(entering, 1)
+                answers.send(rows)
+            elif any(frames[example] < options.max_tgt_length for example in rows):
+                if not waiting:
+                    size = self._shrink(pool, rows, size)
+                pool.step(self._search, size)
+                for example in rows:
+                    frames[example] += 1
+                answers.send(rows)
             else:
-                self._take_step()
-            flags.send(~self._running)
-            count += 1
-            if len(flags) < IN_FLIGHT:
+                # All have their last frame; it only has to arrive.
+                assert len(answers)
+                yield from self._finished(answers, rows, free)
                 continue
-            about = count - len(flags)
-            done = flags.receive().nonzero().flatten().tolist()
-            done = [row for row in done if row in owners and entered[row] <= about]
-            if done:
-                answers = self._pool.at(done)
-                for place, row in enumerate(done):
-                    yield owners.pop(row), self._search.winner(answers, place)
-                free += done
+            if len(answers) >= IN_FLIGHT:
+                yield from self._finished(answers, rows, free)
 
-    def _enter(self, sources: Sequence[Sequence[int]], examples: list[int], rows: list[int]) -> None:
-        fresh = self._search.enter(sources, examples, rows, self._cache)
-        index = torch.tensor(rows, device=self._running.device)
-        for name in self._pool.FIELDS:
-            getattr(self._pool, name)[index] = getattr(fresh, name)
-        self._running[index] = ~self._search.finished(fresh)
+    def _enter(self, pool: Pool, sources: Sequence[Sequence[int]], entering: dict[int, int]) -> None:
+        # As long as examples wait no row has been moved: each has the slot of its number.
+        places = torch.tensor(list(entering.values()), dtype=torch.int32).to(pool.device)
+        self._search.enter([sources[e] for e in entering], places, pool.cache, pool.state, places)
 
-    def _take_step(self) -> None:
-        if self._saved is None:
-            self._saved = self._pool.clone()
-            self._saved_running = self._running.clone()
-        self._step()
+    def _shrink(self, pool: Pool, rows: dict[int, int], size: int) -> int:
+        """Moves what is left to the front if a smaller step will do; changes ``rows`` and gives the new size."""
+        smaller = min(size, pool.size_for(len(rows)))
+        moved = [example for example, row in rows.items() if row >= smaller]
+        if moved:
+            used = set(rows.values())
+            targets = [row for row in range(smaller) if row not in used][: len(moved)]
+            pool.move([rows[example] for example in moved], targets)
+            rows |= dict(zip(moved, targets, strict=True))
+        return smaller
 
-    def _restore(self) -> None:
-        assert self._saved is not None
-        self._pool.copy(self._saved)
-        self._running.copy_(self._saved_running)
-
-    def _advance(self) -> None:
-        """One step of the rows that run; the others keep what they have."""
-        running = self._running
-        work = self._pool.clone()
-        # A row that stands still may have no room for another step, or never have had a token.
-        work.frame = work.frame.where(running, 0)
-        work.steps = work.steps.where(running, 0)
-        work.last_ids = work.last_ids.where(running[:, None], 0)
-        self._search.step(work, self._cache)
-        finished = self._search.finished(work)
-        for name in self._pool.FIELDS:
-            kept = getattr(self._pool, name)
-            kept.copy_(getattr(work, name).where(running.view(-1, *[1] * (kept.dim() - 1)), kept))
-        running &= ~finished
+    def _finished(self, answers: _Answers, rows: dict[int, int], free: list[int]) -> Iterator[tuple[int, Hypothesis]]:
+        """Takes out the examples that had finished as of the oldest copy."""
+        found, then = answers.receive()
+        running = found["running"].tolist()
+        for example, row in then.items():
+            if example in rows and not running[row]:
+                free.append(rows.pop(example))
+                yield example, winner(found, row, self._search.options)

@@ -8,7 +8,8 @@ operators are fp32 on a CPU and of the cache's dtype on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -107,6 +108,8 @@ class InferenceEngine:
         self._head = ops.pack_weight(decoder.to(self.device), dtype)
         self._head_bias = reader.get("cls.predictions.bias")
         self.relative_bias = self._encoder.relative_bias
+        # What a search keeps for the next one: memory, and graphs that read these weights.
+        self.kept: dict[Hashable, Any] = {}
 
     def new_cache(self, *, slots: int, beams: int, source_capacity: int, steps: int) -> DecodeCache:
         """An empty cache for this model; arguments as for :class:`DecodeCache`."""

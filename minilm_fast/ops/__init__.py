@@ -3,7 +3,7 @@
 from minilm_fast.ops._dispatch import backend, forced_backend
 from minilm_fast.ops.adamw import adamw
 from minilm_fast.ops.attention import attention, projected_attention
-from minilm_fast.ops.beam import ban_repeated_ngrams, beam_step
+from minilm_fast.ops.beam import BeamRules, BeamState, advance_beams, ban_repeated_ngrams
 from minilm_fast.ops.decode_attention import decode_attention, store_source
 from minilm_fast.ops.encoder import EncoderLayer, EncoderStack, encoder_layers
 from minilm_fast.ops.layout import SequenceLayout
@@ -15,16 +15,18 @@ from minilm_fast.ops.pool import pool_sequences
 from minilm_fast.ops.relation_kl import relation_kl
 
 __all__ = [
+    "BeamRules",
+    "BeamState",
     "EncoderLayer",
     "EncoderStack",
     "PackedWeight",
     "SequenceLayout",
     "adamw",
     "add_layer_norm",
+    "advance_beams",
     "attention",
     "backend",
     "ban_repeated_ngrams",
-    "beam_step",
     "bias_gelu",
     "decode_attention",
     "dropout_add_layer_norm",

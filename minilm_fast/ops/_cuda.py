@@ -15,7 +15,7 @@ DIFFERENTIABLE = {"attention", "projected_attention"}
 """The operators with C++ kernels of the backward pass too."""
 KERNELS = {
     *DIFFERENTIABLE,
-    *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "beam_step"),
+    *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "advance_beams"),
 }
 """The operators with C++ kernels."""
 COMPOSED = {"pack_weight", "linear", "add_layer_norm", "embed_layer_norm"}
@@ -24,6 +24,7 @@ FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The formats of a packed weight that there are on CUDA: the weight in that dtype."""
 HEAD_SIZES = (32, 64, 128)
 MOST_CANDIDATES = 16
+MOST_BEAMS = 64
 _LEAST_CAPABILITY = (8, 0)
 
 
@@ -81,6 +82,11 @@ def refuse_decode(q: torch.Tensor, cache: torch.Tensor) -> dict[str, str | None]
     if q.shape[-1] not in HEAD_SIZES:
         return {"cuda": f"the head size {q.shape[-1]} is none of 32, 64 and 128"}
     return {}
+
+
+def refuse_beams(beams: int) -> dict[str, str | None]:
+    """Why the CUDA kernel of a search's step cannot run for so many hypotheses of an example."""
+    return {"cuda": f"there are {beams} beams, above {MOST_BEAMS}" if beams > MOST_BEAMS else None}
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ import mmap
 import re
 import warnings
 
-INTERFACE = 1
+INTERFACE = 2
 """Equals ``MINILM_FAST_INTERFACE`` of ``csrc/include/interface.h``, where it says what the number stands for."""
 
 NAME = "minilm_fast._C"

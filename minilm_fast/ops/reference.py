@@ -15,6 +15,8 @@ from minilm_fast.ops.dropout import dropout_factors
 from minilm_fast.ops.layout import SequenceLayout
 
 FORBIDDEN = -10000.0
+# Room for the rounding of a log-probability above 0, per remaining step, so that the early exit stays exact.
+ROUNDING = 1e-6
 
 
 def _accumulate(x: torch.Tensor) -> torch.Tensor:
@@ -360,20 +362,113 @@ def ban_repeated_ngrams(tokens: torch.Tensor, lengths: torch.Tensor, n: int, ign
     return banned
 
 
-def beam_step(
+def _best_candidates(
+    candidate_scores: torch.Tensor, candidate_ids: torch.Tensor, scores: torch.Tensor, ended: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores, ids and parents of the next hypotheses, ``[E, B]`` each; equal ones in the order of the candidates."""
+    width = candidate_scores.shape[2]
+    finished = ended.to(candidate_scores.dtype) * FORBIDDEN
+    total = candidate_scores + (finished + scores)[:, :, None]
+    best, index = torch.sort(total.flatten(1), dim=1, descending=True, stable=True)
+    best, index = best[:, :width], index[:, :width]
+    return best, candidate_ids.flatten(1).gather(1, index), (index // width).int()
+
+
+def advance_beams(
     candidate_scores: torch.Tensor,
     candidate_ids: torch.Tensor,
+    rows: torch.Tensor | None,
+    divisors: torch.Tensor,
+    running: torch.Tensor,
+    frame: torch.Tensor,
+    steps: torch.Tensor,
     scores: torch.Tensor,
     last_ids: torch.Tensor,
-    eos: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Specification of :func:`minilm_fast.ops.beam_step`; same arguments and results."""
-    width = candidate_scores.shape[2]
-    finished = (last_ids == eos).to(candidate_scores.dtype) * FORBIDDEN
-    total = candidate_scores + (finished + scores)[:, :, None]
-    best, index = torch.topk(total.flatten(1), width, dim=1)
-    ids = candidate_ids.flatten(1).gather(1, index)
-    return best, ids, (index // width).int()
+    tokens: torch.Tensor,
+    ancestry: torch.Tensor,
+    best_score: torch.Tensor,
+    best_tokens: torch.Tensor,
+    best_length: torch.Tensor,
+    all_ended: torch.Tensor,
+    lengths: torch.Tensor,
+    suppress: torch.Tensor,
+    trace_scores: torch.Tensor,
+    trace_ids: torch.Tensor,
+    trace_parents: torch.Tensor,
+    sep: int,
+    pad: int,
+    min_len: int,
+    early_exit: bool,
+    entering: int,
+) -> None:
+    """Specification of :func:`minilm_fast.ops.advance_beams`; the fields of state and rules one by one."""
+    beams, last_frame = tokens.shape[1], tokens.shape[2] - 1
+    at = torch.arange(len(frame), device=frame.device) if rows is None else rows.long()
+    first = entering >= 0
+    going = torch.ones_like(running[at]) if first else running[at]
+
+    def old(x: torch.Tensor, initial: float) -> torch.Tensor:
+        return torch.full_like(x[at], initial) if first else x[at]
+
+    def put(x: torch.Tensor, new: torch.Tensor) -> None:
+        x[at] = torch.where(going.view(-1, *[1] * (x.dim() - 1)), new.to(x.dtype), x[at])
+
+    if first:
+        chosen, ids = candidate_scores[:, 0], candidate_ids[:, 0]
+        parents = torch.zeros_like(ids)
+    else:
+        ended = (last_ids[at] == sep) & (beams > 1)
+        chosen, ids, parents = _best_candidates(candidate_scores, candidate_ids, scores[at], ended)
+    # The numbers of a row that stands still may be out of range.
+    now, entries = (torch.where(going, x, 0)[:, None, None] for x in (old(frame, 0), old(steps, max(entering, 0))))
+    origin = parents.long()[:, :, None]
+
+    def reordered(x: torch.Tensor, count: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
+        place = torch.arange(x.shape[2], device=x.device)
+        lists = torch.where(place < count, x[at].gather(1, origin.expand_as(x[at])), x[at])
+        return lists if last is None else torch.where(place == count, last[:, :, None], lists)
+
+    new_tokens = reordered(tokens, now, ids)
+    put(tokens, new_tokens)
+    if first:
+        ancestry[at, :, :entering] = 0
+    else:
+        put(ancestry, reordered(ancestry, entries, parents))
+    put(scores, chosen)
+    put(last_ids, ids)
+    now, entries = now[:, 0, 0], entries[:, 0, 0]
+    if trace_scores.shape[1]:
+        for trace, new in ((trace_scores, chosen), (trace_ids, ids), (trace_parents, parents)):
+            trace[at, now.long()] = torch.where(going[:, None], new, trace[at, now.long()])
+
+    ended, before, best = ids == sep, old(all_ended, -1), old(best_score, -torch.inf)
+    candidates = (ended | (now == last_frame)[:, None]) & (before < 0)[:, None]
+    final = (chosen.double() / divisors[now.long()][:, None]).masked_fill(~candidates, -torch.inf)
+    most, winner = final.max(dim=1)
+    better = most > best
+    best = torch.where(better, most, best)
+    put(best_score, best)
+    put(best_length, torch.where(better, now + 1, old(best_length, 0)))
+    winning = new_tokens.gather(1, winner[:, None, None].expand(-1, 1, last_frame + 1))[:, 0]
+    kept = torch.arange(last_frame + 1, device=at.device) <= now[:, None]
+    put(best_tokens, torch.where(better[:, None] & kept, winning, best_tokens[at]))
+    after = torch.where(ended.all(dim=1) & (before < 0), now, before)
+    put(all_ended, after)
+
+    done = now >= last_frame
+    if early_exit and beams > 1:
+        live = chosen.double().masked_fill(ended, -torch.inf).max(dim=1).values
+        bound = live + ROUNDING * (last_frame - now).double()
+        # A log-probability is at most 0, so a live score can only fall, while the divisor grows to its last value.
+        bound = torch.where(bound < 0, bound / divisors[-1], bound)
+        done = done | (after >= 0) | (best >= bound)
+    elif early_exit:
+        done = done | (ids[:, 0] == sep) | (ids[:, 0] == pad)
+    put(frame, now + 1)
+    put(steps, torch.where(done, 0, entries if first else entries + 1))
+    put(lengths, (now + 1)[:, None].expand_as(ids))
+    put(suppress, (now + 2 <= min_len)[:, None].expand_as(ids))
+    put(running, ~done)
 
 
 def adamw(
