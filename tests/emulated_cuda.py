@@ -29,6 +29,7 @@ EMULATION = ROOT / "tests" / "cuda_emulation"
 OPERATORS = (
     *("attention", "attention_backward", "projected_attention", "projected_attention_backward"),
     *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "advance_beams"),
+    *("step_linear", "step_norm", "step_embedding"),
 )
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (

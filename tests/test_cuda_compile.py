@@ -27,6 +27,9 @@ KERNELS = {
     "merge_slices_kernel": 2,
     "ban_ngrams_kernel": 1,
     "advance_beams_kernel": 1,
+    "step_linear_kernel": 16,
+    "step_norm_kernel": 2,
+    "step_embedding_kernel": 2,
 }
 """Each kernel and its number of instances."""
 
@@ -40,6 +43,9 @@ BLOCKS = {
     "merge_slices_kernel": (128, 4),
     "ban_ngrams_kernel": (128, 4),
     "advance_beams_kernel": (128, 4),
+    "step_linear_kernel": (256, 2),
+    "step_norm_kernel": (128, 4),
+    "step_embedding_kernel": (128, 4),
 }
 """Threads of a block, and how many blocks are to fit on a multiprocessor at a time, as far as registers go."""
 
@@ -82,7 +88,7 @@ def _usages(report: str) -> list[Usage]:
     found = []
     for match in REPORT.finditer(report):
         kernel = next(kernel for kernel in KERNELS if kernel in match["name"])
-        arguments = re.match(r"I(\w+?)E+v", match["name"].split(kernel, 1)[1])
+        arguments = re.match(r"I(\w+?)E+v", match["name"].rsplit(kernel, 1)[1])
         instance = arguments[1] if arguments else ""
         spilled = int(match["stores"]) + int(match["loads"])
         found.append(Usage(kernel, instance, match["target"], int(match["registers"]), int(match["stack"]), spilled))

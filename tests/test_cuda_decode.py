@@ -20,6 +20,7 @@ OPERATORS = {
     "decode_attention": {"_op": "decode_attention", "_store_op": "store_source"},
     "linear": {"_head_op": "lm_head_topk"},
     "beam": {"_ban_op": "ban_repeated_ngrams", "_advance_op": "advance_beams"},
+    "step": {"_linear_op": "step_linear", "_norm_op": "step_norm", "_embedding_op": "step_embedding"},
 }
 """Which attributes of which module of ``minilm_fast.ops`` are the operators with CUDA kernels."""
 

@@ -8,17 +8,20 @@ import attention_cases
 import beam_cases
 import decode_steps
 import pytest
+import step_cases
 import test_compile
 import torch
 from decode_steps import Shape
 from kernel_checks import assert_accurate
 from operator_calls import check_calls, decoding_calls, training_calls
+from test_cuda_few_rows import after_prefill
 from test_pooled_search import SPECIAL, random_sources, small_model
 
 from minilm_fast import backend, ops
 from minilm_fast.decoding.options import SearchOptions
 from minilm_fast.decoding.search import BeamSearch
 from minilm_fast.errors import NotEnoughMemory
+from minilm_fast.modeling import few_rows
 from minilm_fast.modeling.inference import InferenceEngine
 from minilm_fast.ops import reference
 
@@ -133,6 +136,51 @@ def test_lm_head_topk(format: str, rows: int, vocabulary: int) -> None:
     scores = torch.empty_like(exact).scatter_(1, order.long(), exact)
     torch.testing.assert_close(values.cpu().double(), exact[:, :5], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(values.cpu().double(), scores.gather(1, ids.cpu().long()), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "features", "outputs"),
+    [(1, 8, 8), (10, 384, 1536), (33, 1024, 648), (160, 384, 384), (320, 384, 1152), (320, 1024, 1024)],
+    ids=["small-1", "small-2", "odd", "middle", "large", "wide"],
+)
+def test_step_linear(rows: int, features: int, outputs: int, norm: bool, dtype: torch.dtype) -> None:
+    case = step_cases.linear(rows, features, outputs, dtype, norm=norm, residual=not norm, gelu=norm, wide=not norm)
+    arguments = _to_device(case).values()
+    out, normal = torch.ops.minilm_fast.step_linear(*arguments)
+    step_cases.check_linear(case, out.cpu(), normal.cpu())
+    again = torch.ops.minilm_fast.step_linear(*arguments)
+    assert torch.equal(out, again[0]) and torch.equal(normal, again[1])
+
+
+def test_step_linear_many_features() -> None:
+    case = step_cases.linear(320, 4096, 1024, torch.bfloat16, norm=False, residual=True, gelu=False, wide=True)
+    out, normal = torch.ops.minilm_fast.step_linear(*_to_device(case).values())
+    step_cases.check_linear(case, out.cpu(), normal.cpu())
+
+
+@pytest.mark.parametrize("mask", [-1, 4])
+def test_step_embedding_and_norm_small(mask: int) -> None:
+    case = step_cases.embedding(384, mask)
+    out = torch.ops.minilm_fast.step_embedding(*_to_device(case).values())
+    step_cases.check_embedding(case, out.cpu())
+    x, weight, bias = torch.randn(7, 384), *torch.randn(2, 384)
+    normal = torch.ops.minilm_fast.step_norm(x.cuda(), weight.cuda(), bias.cuda(), step_cases.EPS, torch.bfloat16)
+    step_cases.check_norm(x, weight, bias, normal.cpu())
+
+
+@torch.inference_mode()
+def test_a_step_in_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = small_model()
+    engine = InferenceEngine(config, state, "bf16", device="cuda")
+    assert engine._few_rows is not None
+    run = after_prefill(engine)
+    mine, scores = run(), engine.predict(run(), 3)[0]
+    monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
+    theirs, expected = run(), engine.predict(run(), 3)[0]
+    assert (mine - theirs).float().norm() <= 0.02 * theirs.float().norm()
+    assert (scores - expected).abs().max() <= 0.15
 
 
 def test_beams_and_ngrams_small() -> None:

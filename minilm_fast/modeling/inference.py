@@ -16,6 +16,7 @@ import torch
 from minilm_fast import ops
 from minilm_fast.config import Config
 from minilm_fast.modeling.encoder import lm_head_activation
+from minilm_fast.modeling.few_rows import FewRows
 from minilm_fast.modeling.last_layer import LastLayer
 from minilm_fast.modeling.packed_encoder import PackedEncoder, WeightReader, attention_dtype
 
@@ -100,8 +101,8 @@ class InferenceEngine:
         )
         last = config.num_hidden_layers - 1
         self._encoder = PackedEncoder(reader, last)
-        self._last = LastLayer(reader, last)
         self._transform = reader.linear("cls.predictions.transform.dense")
+        self._last = LastLayer(reader, last, whole=self._transform.weight.backend == "cuda")
         self._activation = lm_head_activation(config)
         self._transform_norm = reader.norm("cls.predictions.transform")
         decoder = state.get("cls.predictions.decoder.weight", self._encoder.embed.word)
@@ -110,6 +111,15 @@ class InferenceEngine:
         self.relative_bias = self._encoder.relative_bias
         # What a search keeps for the next one: memory, and graphs that read these weights.
         self.kept: dict[Hashable, Any] = {}
+        self._few_rows = self._make_few_rows()
+
+    def _make_few_rows(self) -> FewRows | None:
+        """A step in few launches, if the weights fit its kernels."""
+        if self._last.projection is None:
+            return None
+        encoder, head = self._encoder, (self._transform, self._transform_norm, self._activation)
+        few = FewRows(encoder.embed, encoder.layers, self._last, *head, self.heads)
+        return few if few.fits() else None
 
     def new_cache(self, *, slots: int, beams: int, source_capacity: int, steps: int) -> DecodeCache:
         """An empty cache for this model; arguments as for :class:`DecodeCache`."""
@@ -238,6 +248,14 @@ class InferenceEngine:
         """
         examples, beams = last_ids.shape
         rows = 1 if mask_id is None else 2
+        few = self._few_rows
+        if few is not None and few.takes(examples * beams * rows):
+            type_id = self.config.target_type_id
+            x = few.embed.few_rows(last_ids, mask_id, slots, steps, cache.source_lengths, type_id)
+            return few.layers(
+                *(x, rows),
+                lambda layer, q, k, v: self._decode_attention(layer, q, k, v, slots, steps, ancestry, rows, cache),
+            )
         ids = last_ids[:, :, None]
         if mask_id is not None:
             ids = torch.cat([ids, torch.full_like(ids, mask_id)], dim=2)
@@ -293,7 +311,11 @@ class InferenceEngine:
         suppress: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The ``k`` best next tokens of each row: see :func:`minilm_fast.ops.lm_head_topk`."""
-        x = self._transform_norm(self._transform(hidden, self._activation))
+        few = self._few_rows
+        if few is not None and few.takes(hidden.shape[0]):
+            x = few.transform(hidden)
+        else:
+            x = self._transform_norm(self._transform(hidden, self._activation))
         return ops.lm_head_topk(
             x, self._head, self._head_bias, k, banned=banned, suppress_id=suppress_id, suppress=suppress
         )

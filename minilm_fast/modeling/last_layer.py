@@ -13,12 +13,20 @@ class LastLayer:
     Args:
         reader: of the checkpoint.
         layer: its number, from 0.
+        whole: the projections lie in one piece too, as ``projection``; for weights that are plain matrices.
     """
 
-    def __init__(self, reader: WeightReader, layer: int) -> None:
+    def __init__(self, reader: WeightReader, layer: int, *, whole: bool = False) -> None:
         self._heads = reader.config.num_attention_heads
-        self._query: PackedLinear = reader.projection(layer, "query")
-        self._key_value: PackedLinear = reader.projection(layer, "key", "value")
+        self.projection: PackedLinear | None = reader.projection(layer) if whole else None
+        self._query: PackedLinear
+        self._key_value: PackedLinear
+        if self.projection is not None:
+            hidden = reader.config.hidden_size
+            self._query, self._key_value = self.projection.part(0, hidden), self.projection.part(hidden, 3 * hidden)
+        else:
+            self._query = reader.projection(layer, "query")
+            self._key_value = reader.projection(layer, "key", "value")
         self.block: PackedBlock = reader.block(layer)
 
     def queries(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Unless it is fp32, attention is in bf16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +27,37 @@ def attention_dtype(format: str) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16}.get(format, torch.bfloat16)
 
 
+def split_activation(function: str) -> tuple[str, Callable[[Tensor], Tensor] | None]:
+    """Of the activation that a configuration names, what the linear operators apply and what is left to apply."""
+    if function in _FUSED_ACTIVATIONS:
+        return function, None
+    return "none", activation("silu" if function == "swish" else function)
+
+
 @dataclass(frozen=True)
 class PackedLinear:
-    """A linear layer ``[rows, in] -> [rows, out]``, with the activation that a configuration names."""
+    """A linear layer ``[rows, in] -> [rows, out]``, with the activation that a configuration names.
+
+    ``bias`` is fp32; ``added_bias``, of the dtype in which it is added where there is no activation, is its copy.
+    """
 
     weight: ops.PackedWeight
     bias: Tensor
+    added_bias: Tensor
+
+    @classmethod
+    def of(cls, weight: ops.PackedWeight, bias: Tensor) -> PackedLinear:
+        """The layer with an fp32 bias, which is rounded here once and not in each call."""
+        return cls(weight, bias, bias.to(weight.data.dtype) if weight.backend == "cuda" else bias)
 
     def __call__(self, x: Tensor, function: str = "none") -> Tensor:
-        if function in _FUSED_ACTIVATIONS:
-            return ops.linear(x, self.weight, self.bias, function)
-        return activation("silu" if function == "swish" else function)(ops.linear(x, self.weight, self.bias))
+        fused, rest = split_activation(function)
+        y = ops.linear(x, self.weight, self.added_bias if fused == "none" else self.bias, fused)
+        return y if rest is None else rest(y)
+
+    def part(self, start: int, stop: int) -> PackedLinear:
+        """The outputs from ``start`` to ``stop`` over the same memory, of a weight that is a plain matrix."""
+        return PackedLinear(self.weight.part(start, stop), self.bias[start:stop], self.added_bias[start:stop])
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,10 @@ class PackedNorm:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+    def parts(self) -> tuple[Tensor, Tensor, float]:
+        """Weight, bias and eps."""
+        return self.weight, self.bias, self.eps
 
 
 @dataclass(frozen=True)
@@ -143,7 +167,7 @@ class WeightReader:
         weight = torch.cat([self.get(f"{p}.weight") for p in prefixes])
         biases = [self.get(f"{p}.bias") for p in prefixes]
         biases = [torch.zeros_like(b) if p == unbiased else b for p, b in zip(prefixes, biases, strict=True)]
-        return PackedLinear(ops.pack_weight(weight, self.dtype), torch.cat(biases))
+        return PackedLinear.of(ops.pack_weight(weight, self.dtype), torch.cat(biases))
 
     def norm(self, prefix: str) -> PackedNorm:
         """The norm ``<prefix>.LayerNorm``."""
@@ -205,6 +229,26 @@ class PackedEmbeddings:
             ids, positions, types, self.word, self._position, self._type, norm.weight, norm.bias, norm.eps
         ).to(self._dtype)
         return x if self._project is None else self._project(x)
+
+    def few_rows(
+        self,
+        last_ids: Tensor,
+        mask_id: int | None,
+        slots: Tensor,
+        steps: Tensor,
+        source_lengths: Tensor,
+        type_id: int,
+    ) -> Tensor:
+        """The same for the rows of a decoding step: see :func:`minilm_fast.ops.step_embedding`."""
+        tables = (self.word, self._position, self._type, type_id)
+        x = ops.step_embedding(
+            *(last_ids, mask_id, slots, steps, source_lengths, *tables, self._norm.parts(), self._dtype)
+        )
+        return x if self._project is None else ops.step_linear(x, self._project.weight, self._project.bias)[0]
+
+    def projections(self) -> list[PackedLinear]:
+        """The projection to the hidden size, if there is one."""
+        return [] if self._project is None else [self._project]
 
 
 class PackedEncoder:

@@ -13,6 +13,7 @@ from minilm_fast.ops.norm import add_layer_norm, bias_gelu, dropout_add_layer_no
 from minilm_fast.ops.padded_attention import padded_attention
 from minilm_fast.ops.pool import pool_sequences
 from minilm_fast.ops.relation_kl import relation_kl
+from minilm_fast.ops.step import step_embedding, step_kernels_take, step_linear, step_norm
 
 __all__ = [
     "BeamRules",
@@ -41,5 +42,9 @@ __all__ = [
     "pool_sequences",
     "projected_attention",
     "relation_kl",
+    "step_embedding",
+    "step_kernels_take",
+    "step_linear",
+    "step_norm",
     "store_source",
 ]

@@ -17,7 +17,7 @@ from minilm_fast.ops._dispatch import EXTENSION_ERROR
 LIBRARY = torch.library.Library("minilm_fast", "FRAGMENT")
 
 
-def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], cpu_kernel: bool = True) -> Any:
     """Defines an operator and returns its ``torch.ops`` overload.
 
     Args:
@@ -25,10 +25,11 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
         reference: pure PyTorch kernel with the schema's arguments, registered for the CPU where the extension
             is missing.
         fake: shape function for meta tensors.
+        cpu_kernel: whether the extension has a kernel for the CPU; else that is the reference always.
     """
     LIBRARY.define(schema)
     name = schema[: schema.index("(")]
-    if EXTENSION_ERROR is not None:
+    if EXTENSION_ERROR is not None or not cpu_kernel:
         LIBRARY.impl(name, reference, "CPU")
     torch.library.register_fake(f"minilm_fast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.minilm_fast, name).default

@@ -91,6 +91,16 @@ class PackedWeight:
     format: str
     backend: str
 
+    def part(self, start: int, stop: int) -> PackedWeight:
+        """The outputs from ``start`` to ``stop`` over the same memory.
+
+        Raises:
+            ValueError: the CPU's kernels packed it.
+        """
+        if self.backend == "cpu":
+            raise ValueError("PackedWeight: a weight that was packed for the CPU cannot be taken apart")
+        return PackedWeight(self.data[start:stop], stop - start, self.in_features, self.format, self.backend)
+
 
 def pack_weight(weight: torch.Tensor, format: str = "fp32") -> PackedWeight:
     """Packs a weight for :func:`linear` or :func:`lm_head_topk`.
@@ -130,7 +140,7 @@ def linear(
     Args:
         x: fp32 or bf16 ``[rows, in_features]``.
         weight: from :func:`pack_weight`.
-        bias: fp32 ``[out_features]`` or None.
+        bias: fp32 ``[out_features]`` or None; on CUDA, with no activation, it may have the dtype of the weight.
         activation: ``"none"`` or ``"gelu"`` (erf).
 
     Returns:

@@ -332,6 +332,65 @@ def embed_layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
+def step_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.step_norm`; same arguments and result."""
+    wide = _accumulate(x)
+    return F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps).to(dtype)
+
+
+def step_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    wide: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Specification of :func:`minilm_fast.ops.step_linear`, from the weight ``[N, K]`` in its dtype."""
+    if norm_weight is None or norm_bias is None:
+        rows, normal = x, weight.new_empty((0, weight.shape[1]))
+    else:
+        rows = normal = step_norm(x, norm_weight, norm_bias, eps, weight.dtype)
+    y = _accumulate(rows) @ _accumulate(weight).t()
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    if activation == "gelu":
+        y = F.gelu(y)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    return (y if wide else y.to(weight.dtype)), normal
+
+
+def step_embedding(
+    last_ids: torch.Tensor,
+    mask_id: int,
+    slots: torch.Tensor,
+    steps: torch.Tensor,
+    source_lengths: torch.Tensor,
+    word: torch.Tensor,
+    position: torch.Tensor,
+    type: torch.Tensor | None,
+    type_id: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Specification of :func:`minilm_fast.ops.step_embedding`; same arguments and result."""
+    ids = last_ids[:, :, None]
+    if mask_id >= 0:
+        ids = torch.cat([ids, torch.full_like(ids, mask_id)], dim=2)
+    first = (source_lengths[slots.long()] + steps)[:, None, None]
+    at = (first + torch.arange(ids.shape[2], device=ids.device)).expand(ids.shape).reshape(-1)
+    types = torch.full_like(at, type_id)
+    return embed_layer_norm(ids.reshape(-1), at, types, word, position, type, weight, bias, eps).to(dtype)
+
+
 def label_smoothed_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, smoothing: float
 ) -> torch.Tensor:

@@ -3,3 +3,4 @@
 #include "../../csrc/cuda/beam.cpp"
 #include "../../csrc/cuda/decode_attention.cpp"
 #include "../../csrc/cuda/lm_head_topk.cpp"
+#include "../../csrc/cuda/step_linear.cpp"
