@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_case import CHECKED, OURS, Case, Goal, Size, System, differentiated
-from gpu_decoding import decode_attention, decoding, vocabulary
+from gpu_decoding import bookkeeping, decode_attention, decoding, vocabulary
 from gpu_training import training
 
 import minilm_fast
@@ -251,6 +251,7 @@ CASES: dict[str, Callable[[Size], Iterator[Case]]] = {
     "relation_kl": relation_kl,
     "decode_attention": decode_attention,
     "vocabulary": vocabulary,
+    "bookkeeping": bookkeeping,
     "decoding": decoding,
     "training": training,
 }

@@ -112,6 +112,53 @@ def vocabulary(size: Size) -> Iterator[Case]:
     )
 
 
+def bookkeeping(size: Size) -> Iterator[Case]:
+    """What follows the candidates in each step of an output of a forced length."""
+    from minilm_fast.decoding.options import SearchOptions
+    from minilm_fast.decoding.state import new_state
+
+    options = SearchOptions(batch_size=size.batch, beam_size=size.beams, max_tgt_length=size.steps, early_exit=False)
+    shape = (size.steps, size.batch, size.beams, size.beams)
+    torch.manual_seed(0)
+    scores = torch.randn(shape).mul_(3).log_softmax(-1).sort(dim=-1, descending=True).values
+    ids = torch.randint(5, size.shape.vocab, shape, dtype=torch.int32)
+    rules = ops.BeamRules(torch.ones(size.steps, dtype=torch.float64), SEP, PAD, 1, False)
+
+    def make(device: torch.device, dtype: torch.dtype, advance: Callable[..., None]) -> Callable[[], ops.BeamState]:
+        state = new_state(size.batch, options, device)
+        state = state._replace(scores=state.scores.to(dtype), trace_scores=state.trace_scores.to(dtype))
+        steps = list(zip(scores.to(device, dtype), ids.to(device), strict=True))
+        there = rules._replace(divisors=rules.divisors.to(device))
+
+        def run() -> ops.BeamState:
+            for step, (values, tokens) in enumerate(steps):
+                given = (values, tokens) if step else (values[:, :1].contiguous(), tokens[:, :1].contiguous())
+                advance(*given, state, there, -1 if step else 0)
+            return state
+
+        return run
+
+    def best(state: ops.BeamState) -> list[torch.Tensor]:
+        return [state.best_score, state.best_tokens.double()]
+
+    def ours(scores: torch.Tensor, ids: torch.Tensor, state: ops.BeamState, rules: ops.BeamRules, first: int) -> None:
+        ops.advance_beams(scores, ids, state, rules, entering=first)
+
+    def eager(scores: torch.Tensor, ids: torch.Tensor, state: ops.BeamState, rules: ops.BeamRules, first: int) -> None:
+        reference.advance_beams(scores, ids, None, rules.divisors, *state, *rules[1:], first)
+
+    yield Case(
+        "advance_beams",
+        {
+            OURS: System(lambda: make(size.device, torch.float32, ours), best),
+            "one PyTorch operator after the other": System(lambda: make(size.device, torch.float32, eager), best),
+        },
+        exact=lambda: best(make(torch.device("cpu"), torch.float64, eager)()),
+        units=size.steps,
+        unit="steps",
+    )
+
+
 def decoding(size: Size) -> Iterator[Case]:
     """Whole outputs of a forced length, for a batch and one sentence."""
     from minilm_fast.modeling.model import Model

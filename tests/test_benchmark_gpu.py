@@ -27,6 +27,7 @@ EVERYTHING = {
     "decode_attention, 2 layers, batch 2": ("SDPA, history gathered before",),
     "decode_attention, 2 layers, batch 1": ("SDPA, history gathered before",),
     "lm_head_topk": ("product, log-softmax, top-k",),
+    "advance_beams": ("one PyTorch operator after the other",),
     "decoding, batch 2": (_ORIGINAL, "Hugging Face, static cache", "Hugging Face, growing cache"),
     "decoding, batch 1": (_ORIGINAL, "Hugging Face, static cache", "Hugging Face, growing cache"),
     "training step": ("torch.compile and SDPA", "SDPA", _ORIGINAL),

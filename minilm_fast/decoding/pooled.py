@@ -57,7 +57,8 @@ class Pool:
         self._all_slots = torch.arange(slots, dtype=torch.int32, device=device)
         self.slots = self._all_slots.clone()
         # The graphs read these.
-        self._rules, self._ignored = search.rules, search.ignored
+        self._rules = search.rules._replace(divisors=search.rules.divisors.to(device))
+        self._ignored = search.ignored.to(device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._wanted: Counter[int] = Counter()
