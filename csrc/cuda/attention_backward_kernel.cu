@@ -92,7 +92,7 @@ struct ColumnKernel {
   // Starts to copy rows of q and grad_out, and their statistics.
   __device__ static void stage(const AttentionGradients& p, const Sequence& sequence, int head, int row, int stop,
                                unsigned char* stage) {
-    const int64_t first = sequence.shift + row;
+    const int first = sequence.shift + row;
     stage_tile<T, kSize>(head_rows<T>(p.forward.q, p.forward.q_token, p.forward.q_head, head),
                          head_rows<T>(p.grad_out, p.grad_token, p.grad_head, head), first, stop - row, stage);
     const int thread = static_cast<int>(threadIdx.x), place = thread % Shape::kOthers, which = thread / Shape::kOthers;
@@ -111,8 +111,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_column_gradien
   const int head = blockIdx.y, warp = static_cast<int>(threadIdx.x) / kLanes;
   const int block_column = static_cast<int>(blockIdx.x) * Kernel::kColumns;
   if (block_column >= sequence.length) return;
-  const SeeingRows<Shape::kOthers> seeing(sequence, block_column);
-  const int tiles = seeing.tiles();
+  SeeingRows<Shape::kOthers> next(sequence, block_column);
   unsigned char* shared = shared_memory();
   unsigned char* keys = shared + 2 * Kernel::kStageBytes;
   unsigned char* values = keys + Kernel::kColumns * Shape::kRowBytes;
@@ -121,10 +120,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_column_gradien
                                          count, keys);
   stage_rows<T, kSize, Kernel::kColumns>(head_rows<T>(p.forward.v, p.forward.v_token, p.forward.v_head, head), first,
                                          count, values);
-  if (tiles > 0) {
-    const int row = seeing.tile_first(0);
-    Kernel::stage(p, sequence, head, row, seeing.tile_stop(0, row), shared);
-  }
+  if (next.any()) Kernel::stage(p, sequence, head, next.row, next.stop, shared);
   commit_copies();
   wait_copies<0>();
   __syncthreads();
@@ -137,23 +133,20 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_column_gradien
   if (last > max(sequence.end, sequence.first_row)) columns.see_themselves(p, head, keys, values);
 
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int odd = 0; next.any(); odd ^= 1) {
+    const int row = next.row, stop = next.stop;
+    next.advance();
     wait_copies<0>();
     // Also: all warps are done with what the next copies replace.
     __syncthreads();
-    const int odd = tile % 2;
-    if (tile + 1 < tiles) {
-      const int row = seeing.tile_first(tile + 1);
-      Kernel::stage(p, sequence, head, row, seeing.tile_stop(tile + 1, row), shared + (1 - odd) * Kernel::kStageBytes);
-    }
+    if (next.any()) Kernel::stage(p, sequence, head, next.row, next.stop, shared + (1 - odd) * Kernel::kStageBytes);
     commit_copies();
-    const unsigned char* stage = shared + odd * Kernel::kStageBytes;
-    const int row = seeing.tile_first(tile), stop = seeing.tile_stop(tile, row);
+    const unsigned char* tile = shared + odd * Kernel::kStageBytes;
     if (first_column >= last) continue;
-    if (stop - row == Shape::kOthers && sequence.shortest(row, stop) >= last)
-      columns.add_full(stage, row);
+    if (row + Shape::kOthers <= stop && sequence.shortest(row, row + Shape::kOthers) >= last)
+      columns.add_full(tile, row);
     else
-      columns.add_partial(stage, row, stop);
+      columns.add_partial(tile, row, min(row + Shape::kOthers, stop));
   }
 
   if (first_column >= last) return;

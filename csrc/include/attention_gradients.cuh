@@ -2,7 +2,6 @@
 
 #include "attention_mask.cuh"
 #include "attention_tiles.cuh"
-#include "exp2.cuh"
 
 // The gradients that one warp owns: those of 16 or 32 rows of q, or of as many rows of k and v. The warp's own rows are
 // left operands; the others come in tiles, of which 16 rows are taken at a time: their square of scores and that of the
@@ -22,8 +21,6 @@ struct GradientShape {
   static constexpr int kColumnBlocks = kSize == 32 ? 2 : 1;
   // Squares of a tile whose instructions may be mixed, for which other instances have too few registers.
   static constexpr int kUnrolled = kSize == 32 && !kBias ? 4 : 1;
-  // One exponential of so many is a polynomial.
-  static constexpr int kPolynomialEvery = kUnrolled > 1 ? 16 : 0;
 };
 
 template <int kBlocks>
@@ -194,8 +191,7 @@ class RowGradients {
         for (int j = 0; j < 4; ++j) {
           float& score = scores[b][j / 2][2 * half + j % 2];
           const float exponent = kBias ? score + exponent_[b][half] : fmaf(score, scale_, exponent_[b][half]);
-          float p =
-              exp2_shared_out<kMasked ? 0 : Shape::kPolynomialEvery>(exponent, n / 2 + j / 2 * 4 + 2 * half + j % 2);
+          float p = exp2_approximate(exponent);
           if (kMasked && j / 2 * 8 + j % 2 >= end) p = 0.0f;
           score = p * gradients[b][j / 2][2 * half + j % 2];
         }
@@ -351,8 +347,7 @@ class ColumnGradients {
         for (int half = 0; half < 2; ++half) {
           float &score = scores[b][j / 2][2 * half + j % 2], &gradient = gradients[b][j / 2][2 * half + j % 2];
           const float exponent = kBias ? score + added : fmaf(score, scale_, added);
-          score =
-              exp2_shared_out<kMasked ? 0 : Shape::kPolynomialEvery>(exponent, n / 2 + j / 2 * 4 + 2 * half + j % 2);
+          score = exp2_approximate(exponent);
           if (kMasked && column(b, half) >= end) score = 0.0f;
           gradient *= score;
         }

@@ -46,33 +46,35 @@ struct Sequence {
   }
 };
 
-// The rows that see the column `column`, and with it those that see any later one: [first, stop) and [second, length),
-// in tiles of kRows.
+// The tiles of kRows rows that see the column `column`, and with it of all that see a later one: [row, stop) in tiles,
+// then [second, length).
 template <int kRows>
 struct SeeingRows {
-  int first = 0, stop = 0, second, length;
+  int row, stop, second, length;
 
-  __device__ SeeingRows(const Sequence& sequence, int column) : second(sequence.length), length(sequence.length) {
-    if (column < sequence.source) {
-      first = sequence.first_row;
-      stop = length;
-    } else if (column < sequence.end) {
-      // Pseudo rows see one target less than the target rows they stand for.
-      const int targets = sequence.end - sequence.source;
-      first = min(max(column, sequence.first_row), sequence.end);
-      stop = sequence.end;
-      second = min(max(max(column + targets + 1, sequence.end), sequence.first_row), length);
-    }
+  __device__ SeeingRows(const Sequence& sequence, int column)
+      : row(sequence.first_row), stop(sequence.length), second(sequence.length), length(sequence.length) {
+    if (column < sequence.source) return;
+    row = max(row, column);
+    stop = sequence.end;
+    // Pseudo rows see one target less than the target rows they stand for.
+    const int targets = sequence.end - sequence.source;
+    if (column < sequence.end) second = max(max(column + targets + 1, sequence.end), sequence.first_row);
+    if (row >= stop) to_second();
   }
 
-  __device__ int first_tiles() const { return (stop - first + kRows - 1) / kRows; }
-  __device__ int tiles() const { return first_tiles() + (length - second + kRows - 1) / kRows; }
-  __device__ int tile_first(int tile) const {
-    const int before = first_tiles();
-    return tile < before ? first + tile * kRows : second + (tile - before) * kRows;
+  __device__ bool any() const { return row < stop; }
+  // To the next tile, if there is one.
+  __device__ void advance() {
+    row += kRows;
+    if (row >= stop) to_second();
   }
-  // The end of the rows of a tile that starts at `row`.
-  __device__ int tile_stop(int tile, int row) const { return min(row + kRows, tile < first_tiles() ? stop : length); }
+
+ private:
+  __device__ void to_second() {
+    row = second;
+    second = stop = length;
+  }
 };
 
 }  // namespace minilm_fast::cuda

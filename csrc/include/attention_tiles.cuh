@@ -50,32 +50,58 @@ __device__ float multiply_row(const unsigned char* tile, int row, const T* other
   return sum_of_row(sum);
 }
 
-// Starts to copy kCount rows of a matrix from `first` on, of which `count` are there, to shared memory; the others
-// become zeros. A thread copies one chunk of every so many rows, and these lie so far apart that they are swizzled
+// What a thread copies of a matrix: one chunk of every kApart rows, which lie so far apart that they are swizzled
 // alike.
+template <int kSize>
+struct CopiedChunk {
+  static constexpr int kRowBytes = kSize * 2, kChunks = kRowBytes / 16, kApart = kAttentionThreads / kChunks;
+  static_assert(kApart % 8 == 0, "whole rounds of all threads");
+  int row, column, place;
+
+  __device__ CopiedChunk() {
+    int thread = threadIdx.x;
+    // Else what follows from it is computed once and kept, for which the registers are too few.
+    asm volatile("" : "+r"(thread));
+    row = thread / kChunks;
+    column = thread % kChunks * 8;
+    place = chunk_offset<kRowBytes>(row, thread % kChunks);
+  }
+
+  template <typename T>
+  __device__ const T* of(const HeadRows<T>& matrix, int first) const {
+    return matrix.data + static_cast<int64_t>(first + row) * matrix.stride + column;
+  }
+};
+
+// Starts to copy kCount rows of a matrix from `first` on, of which `count` are there, to shared memory; the others
+// become zeros.
 template <typename T, int kSize, int kCount>
-__device__ void stage_rows(const HeadRows<T>& matrix, int64_t first, int count, unsigned char* shared) {
-  constexpr int kRowBytes = kSize * 2, kChunks = kRowBytes / 16, kApart = kAttentionThreads / kChunks;
-  static_assert(kApart % 8 == 0 && kCount % kApart == 0, "whole rounds of all threads");
-  int thread = threadIdx.x;
-  // Else what follows from it is computed once and kept, for which the registers are too few.
-  asm volatile("" : "+r"(thread));
-  const int row = thread / kChunks, chunk = thread % kChunks;
-  const T* from = matrix.data + (first + row) * matrix.stride + chunk * 8;
-  unsigned char* to = shared + chunk_offset<kRowBytes>(row, chunk);
+__device__ void stage_rows(const HeadRows<T>& matrix, int first, int count, unsigned char* shared) {
+  const CopiedChunk<kSize> chunk;
+  static_assert(kCount % CopiedChunk<kSize>::kApart == 0, "whole rounds of all threads");
+  const T* from = chunk.of(matrix, first);
 #pragma unroll
-  for (int i = 0; i < kCount; i += kApart) {
-    copy_async(to + i * kRowBytes, from, row + i < count);
-    from += kApart * matrix.stride;
+  for (int i = 0; i < kCount; i += chunk.kApart) {
+    copy_async(shared + chunk.place + i * kSize * 2, from, chunk.row + i < count);
+    from += chunk.kApart * matrix.stride;
   }
 }
 
-// A tile of two matrices, one behind the other.
+// The same with a tile of two matrices, which come to lie one behind the other.
 template <typename T, int kSize>
-__device__ void stage_tile(const HeadRows<T>& one, const HeadRows<T>& other, int64_t first, int count,
+__device__ void stage_tile(const HeadRows<T>& one, const HeadRows<T>& other, int first, int count,
                            unsigned char* stage) {
-  stage_rows<T, kSize, kAttentionColumns>(one, first, count, stage);
-  stage_rows<T, kSize, kAttentionColumns>(other, first, count, stage + kAttentionColumns * kSize * 2);
+  const CopiedChunk<kSize> chunk;
+  static_assert(kAttentionColumns % CopiedChunk<kSize>::kApart == 0, "whole rounds of all threads");
+  const T *from_one = chunk.of(one, first), *from_other = chunk.of(other, first);
+#pragma unroll
+  for (int i = 0; i < kAttentionColumns; i += chunk.kApart) {
+    const bool there = chunk.row + i < count;
+    copy_async(stage + chunk.place + i * kSize * 2, from_one, there);
+    copy_async(stage + chunk.place + (kAttentionColumns + i) * kSize * 2, from_other, there);
+    from_one += chunk.kApart * one.stride;
+    from_other += chunk.kApart * other.stride;
+  }
 }
 
 // From shared memory to the result, whose row 0 of the sequence `out` points at.
