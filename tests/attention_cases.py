@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from kernel_checks import EPSILON, assert_accurate
 from minilm_fast.ops import SequenceLayout, reference
 
 DTYPES = (torch.float16, torch.bfloat16)
+SEED = torch.tensor([2**60 + 2**31 + 11])
 COUNTS = {
     "bidirectional": ([150, 1, 0, 64, 65], [0] * 5, [0] * 5),
     "causal": ([0] * 4, [140, 0, 1, 67], [0] * 4),
@@ -31,13 +32,13 @@ class Batch:
     scale: float
     relative_bias: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    dropout: float = 0.0
 
     def arguments(self) -> tuple[Any, ...]:
         """Those of ``torch.ops.minilm_fast.attention``."""
         layout = self.layout
         sequences = (layout.cu_seqlens, layout.segments, layout.cu_queries, layout.max_seqlen)
-        return *self.operands, *sequences, self.scale, self.relative_bias, self.position_ids, 0.0, None
+        return *self.operands, *sequences, self.scale, self.relative_bias, self.position_ids, self.dropout, SEED
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._specified(*(x.cpu().double() for x in self.operands))
@@ -71,17 +72,21 @@ class Batch:
             size = right.abs().max().item() if right.numel() else 0.0
             assert_accurate(ours.cpu(), rounded, right, allowance * size)
 
-    def _specified(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _specified(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropped: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         bias, positions = self.relative_bias, self.position_ids
         return reference.attention(
             *(q, k, v, self.layout.to("cpu")),
             scale=self.scale,
             relative_bias=None if bias is None else bias.cpu(),
             position_ids=None if positions is None else positions.cpu(),
+            dropout=self.dropout if dropped else 0.0,
+            seed=SEED,
         )
 
-    def _probabilities(self) -> torch.Tensor:
-        """``[queries, heads, tokens]``, 0 in other sequences, by the specification's own mask and bias."""
+    def _probabilities(self, dropped: bool = True) -> torch.Tensor:
+        """``[queries, heads, tokens]``, 0 in other sequences, by the specification's own mask, bias and dropout."""
         q, k, _ = (x.cpu().double() for x in self.operands)
         tokens, size = k.shape[0], k.shape[2]
         parts = [torch.zeros(*q.shape[:2], 0, dtype=torch.float64)]
@@ -90,7 +95,7 @@ class Batch:
             width = min(size, tokens - start)
             v = torch.zeros_like(k)
             v[start : start + width] = torch.eye(width, size)[:, None]
-            parts.append(self._specified(q, k, v)[0][..., :width])
+            parts.append(self._specified(q, k, v, dropped)[0][..., :width])
         return torch.cat(parts, -1)
 
     def _rounded(self) -> torch.Tensor:
@@ -105,7 +110,8 @@ class Batch:
         q, k, v = (x.cpu().double() for x in self.operands)
         p = self._probabilities()
         level = (grad * out.detach().to(dtype).double()).sum(-1, keepdim=True)
-        ds = (p * (torch.einsum("qhd,khd->qhk", grad, v) - level)).to(dtype).double()
+        ds = p * torch.einsum("qhd,khd->qhk", grad, v) - self._probabilities(False) * level
+        ds = ds.to(dtype).double()
         dq = torch.einsum("qhk,khd->qhd", ds, k) * self.scale
         dk = torch.einsum("qhk,qhd->khd", ds, q) * self.scale
         return [x.to(dtype) for x in (dq, dk, torch.einsum("qhk,qhd->khd", p.to(dtype).double(), grad))]
@@ -118,6 +124,7 @@ def batch(
     *,
     bias: int | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
     heads: int = 2,
     device: str = "cpu",
 ) -> Batch:
@@ -132,7 +139,7 @@ def batch(
     operands = rows(layout.total, 3)
     if layout.cu_queries is not None:
         operands[:1] = rows(layout.total_queries, 1)
-    found = Batch(layout.to(device), operands, size**-0.5 if scale is None else scale)
+    found = Batch(layout.to(device), operands, size**-0.5 if scale is None else scale, dropout=dropout)
     if bias is not None:
         found.relative_bias = torch.randn(heads, 2 * bias + 1, generator=generator).to(device)
         positions = torch.randint(-5, 2 * bias, (layout.total,), dtype=torch.int32, generator=generator)

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import COUNTS, DTYPES, Batch, batch
+from attention_cases import COUNTS, DTYPES, SEED, Batch, batch
 from emulated_cuda import operators, poisoned_results, running_backwards
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minilm_fast import backend, ops
 from minilm_fast.errors import UserError
 from minilm_fast.ops import SequenceLayout, _cuda, _dispatch, _triton, reference
+from minilm_fast.ops.dropout import dropout_factors
 
 
 def _run(case: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +47,33 @@ def test_head_sizes_and_bias(size: int, dtype: torch.dtype, bias: int | None) ->
 def test_few_rows_ask(counts: list[int], bias: int | None) -> None:
     layout = SequenceLayout.from_counts([134, 0, 2], [13, 1, 0], [13, 7, 0]).with_queries(counts)
     _check(batch(layout, 32, torch.bfloat16, bias=bias))
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("bias", [None, 9])
+def test_dropout(size: int, bias: int | None) -> None:
+    """Sequences longer than the 128 columns of one draw."""
+    layout = SequenceLayout.from_counts([240, 1], [40, 0], [40, 0])
+    _check(batch(layout, size, torch.float16, bias=bias, heads=1, dropout=0.3))
+    few = layout.with_queries([70, 1])
+    _check(batch(few, size, torch.bfloat16, bias=bias, heads=2, dropout=0.1))
+
+
+def test_dropped_elements() -> None:
+    """Bitwise those of the specification."""
+    layout = SequenceLayout.from_counts([130, 0], [0, 0], [70, 2])
+    case = batch(layout, 128, torch.float16, dropout=0.4)
+    case.operands[0] = torch.zeros_like(case.operands[0])
+    factors = dropout_factors(0.4, SEED, layout.total, 200, 2)
+    visible = layout.dense_mask()[0, :200, :200]
+    for start in (0, 128):
+        v = torch.zeros(layout.total, 2, 128, dtype=torch.float16)
+        width = min(128, 200 - start)
+        v[start : start + width] = torch.eye(width, 128, dtype=torch.float16)[:, None]
+        case.operands[2] = v
+        out = _run(case)[0][:200, :, :width].transpose(0, 1)
+        kept = (factors[:, :200, start : start + width] != 0) & visible[:, start : start + width]
+        assert torch.equal(out != 0, kept)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 4.0])
@@ -146,20 +174,19 @@ def test_triton_comes_first(usable: set[str], chosen: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "dropout", "reason"),
+    ("shape", "dtype", "reason"),
     [
-        ((3, 2, 32), torch.float32, 0.0, "float32, not fp16 or bf16"),
-        ((3, 2, 48), torch.float16, 0.0, "head size 48 is none of 32, 64 and 128"),
-        ((3, 2, 32), torch.float16, 0.1, "no dropout"),
+        ((3, 2, 32), torch.float32, "float32, not fp16 or bf16"),
+        ((3, 2, 48), torch.float16, "head size 48 is none of 32, 64 and 128"),
     ],
 )
 def test_what_it_cannot_do_has_a_reason(
-    shape: tuple[int, ...], dtype: torch.dtype, dropout: float, reason: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_dispatch, "unusable", lambda *_: None)
     q = torch.zeros(shape, dtype=dtype)
     with backend("cuda"), pytest.raises(UserError, match=f"backend 'cuda' cannot run attention: .*{reason}"):
-        ops.attention(q, q, q, SequenceLayout.causal([3]), dropout=dropout, seed=torch.tensor([1]))
+        ops.attention(q, q, q, SequenceLayout.causal([3]))
 
 
 def test_a_gradient_of_the_bias_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +223,9 @@ CU, SEGMENTS = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([[1, 2, 0]]
         ({"bias": torch.zeros(2, 5)}, "relative_bias and position_ids go together"),
         ({"bias": torch.zeros(2, 4), "positions": SEGMENTS[0]}, "relative_bias must have an odd number"),
         ({"bias": torch.zeros(2, 5), "positions": CU}, "position_ids must have the shape"),
-        ({"dropout": 0.1}, "has no dropout"),
+        ({"dropout": 0.1}, "dropout needs a seed"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"dropout": 0.1, "seed": torch.tensor([-1])}, "seed must not be negative"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

@@ -47,6 +47,16 @@ def test_few_rows_ask(counts: list[int], bias: int | None) -> None:
     _check(batch(layout, 32, torch.bfloat16, bias=bias))
 
 
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("bias", [None, 9])
+def test_dropout(size: int, bias: int | None) -> None:
+    """Sequences longer than the 128 columns of one draw."""
+    layout = SequenceLayout.from_counts([240, 1], [40, 0], [40, 0])
+    _check(batch(layout, size, torch.float16, bias=bias, heads=1, dropout=0.3))
+    few = layout.with_queries([70, 1])
+    _check(batch(few, size, torch.bfloat16, bias=bias, heads=2, dropout=0.1))
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 4.0])
 def test_scales_of_any_sign(scale: float) -> None:
     _check(batch(SequenceLayout.pseudo_masked([130, 20], [9, 9]), 32, torch.float16, scale=scale))

@@ -18,9 +18,9 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc")
 TARGETS = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_90a,code=sm_90a"}
 KERNELS = {
-    "attention_forward_kernel": 12,
-    "attention_row_gradients_kernel": 12,
-    "attention_column_gradients_kernel": 12,
+    "attention_forward_kernel": 24,
+    "attention_row_gradients_kernel": 24,
+    "attention_column_gradients_kernel": 24,
     "decode_attention_kernel": 9,
     "store_source_kernel": 2,
     "lm_head_kernel": 6,
@@ -122,7 +122,7 @@ def test_several_blocks_fit_on_a_multiprocessor(usages: list[Usage]) -> None:
         threads, blocks = BLOCKS[usage.kernel]
         if usage.kernel == "decode_attention_kernel" and usage.instance.endswith(("halfLi32", "bfloat16Li32")):
             blocks = 4
-        elif usage.kernel in ROWS_OF_ATTENTION and "Li32E" in usage.instance:
+        elif usage.kernel in ROWS_OF_ATTENTION and re.search(r"Li32ELb[01]ELb0", usage.instance):
             blocks = 3
         assert -(-usage.registers // 8) * 8 * threads * blocks <= 65536, usage
 

@@ -38,6 +38,7 @@ def _to_device(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _attention(case: attention_cases.Batch) -> None:
     options = {"relative_bias": case.relative_bias, "position_ids": case.position_ids, "scale": case.scale}
+    options |= {"dropout": case.dropout, "seed": attention_cases.SEED}
     grad = case.gradient()
 
     def run() -> list[torch.Tensor]:
@@ -62,8 +63,8 @@ def test_attention_masks(counts: tuple[list[int], ...], dtype: torch.dtype) -> N
 def test_attention_small(size: int) -> None:
     """For compute-sanitizer."""
     layout = ops.SequenceLayout.from_counts([70, 0, 1], [21, 5, 0], [21, 5, 0])
-    for bias in (None, 9):
-        case = attention_cases.batch(layout, size, torch.float16, bias=bias, device="cuda")
+    for bias, dropout in ((None, 0.0), (9, 0.0), (None, 0.1), (9, 0.1)):
+        case = attention_cases.batch(layout, size, torch.float16, bias=bias, dropout=dropout, device="cuda")
         arguments, grad = case.arguments(), case.gradient()
         results = torch.ops.minilm_fast.attention(*arguments)
         case.check(*results)
@@ -79,6 +80,7 @@ def test_attention_head_sizes(size: int, dtype: torch.dtype, bias: int | None) -
     _attention(attention_cases.batch(layout, size, dtype, bias=bias, device="cuda"))
     few = layout.with_queries([96, 1, 30])
     _attention(attention_cases.batch(few, size, dtype, bias=bias, device="cuda"))
+    _attention(attention_cases.batch(few, size, dtype, bias=bias, dropout=0.1, device="cuda"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

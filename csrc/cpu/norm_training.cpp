@@ -44,14 +44,8 @@ DropoutSum check_sum(const char* op, const at::Tensor& x, const OptionalTensor& 
     sum.residual_stride = residual->stride(0);
   }
   if (x_bias.has_value()) sum.x_bias = check_floats(op, "x_bias", *x_bias, {sum.channels});
-  TORCH_CHECK(dropout >= 0 && dropout < 1, op, ": dropout must be at least 0 and below 1, got ", dropout);
   sum.dropout = dropout;
-  if (dropout > 0) {
-    TORCH_CHECK(seed.has_value(), op, ": dropout needs a seed");
-    check_dtype(op, "seed", *seed, {at::kLong});
-    check_shape(op, "seed", *seed, {1});
-    sum.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  }
+  sum.seed = check_seed(op, dropout, seed);
   return sum;
 }
 

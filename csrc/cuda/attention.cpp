@@ -20,6 +20,7 @@ struct Options {
   double scale;
   const OptionalTensor &relative_bias, &position_ids;
   double dropout;
+  const OptionalTensor& seed;
 };
 
 void check_operands(const char* op, const Projection& x) {
@@ -34,7 +35,6 @@ void check_operands(const char* op, const Projection& x) {
 // All but the results and the tensors' addresses.
 Attention checked(const char* op, const Projection& x, const Options& options) {
   check_operands(op, x);
-  TORCH_CHECK(options.dropout == 0.0, op, ": the CUDA kernel has no dropout, got ", options.dropout);
   TORCH_CHECK(options.relative_bias.has_value() == options.position_ids.has_value(), op,
               ": relative_bias and position_ids go together");
   const int64_t heads = x.q.size(1);
@@ -60,6 +60,7 @@ Attention checked(const char* op, const Projection& x, const Options& options) {
   p.max_seqlen = static_cast<int32_t>(options.max_seqlen);
   p.queries = x.q.size(0);
   p.scale = static_cast<float>(options.scale);
+  p.dropout = make_dropout(options.dropout, check_seed(op, options.dropout, options.seed));
   return p;
 }
 
@@ -131,7 +132,7 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
                                              const OptionalTensor& relative_bias, const OptionalTensor& position_ids,
                                              double dropout, const OptionalTensor& seed) {
   return run("attention", {q, k, v},
-             {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout});
+             {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed});
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
@@ -142,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
   const Projection gradients = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options()),
                                 at::empty(v.sizes(), v.options())};
   differentiate("attention_backward", grad_out, {q, k, v}, out, lse,
-                {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout},
+                {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed},
                 bias_gradient, gradients);
   return {gradients.q, gradients.k, gradients.v, no_bias_gradient(q)};
 }
@@ -162,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor> projected_attention(const at::Tensor& project
                                                        const OptionalTensor& seed) {
   constexpr char kOp[] = "projected_attention";
   return run(kOp, split(kOp, projection, queries),
-             {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout});
+             {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed});
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> projected_attention_backward(
@@ -176,7 +177,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> projected_attention_backward(
   OptionalTensor own;
   if (queries.has_value()) own = at::empty(queries->sizes(), queries->options());
   differentiate(kOp, grad_out, inputs, out, lse,
-                {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout},
+                {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed},
                 bias_gradient, split(kOp, whole, own));
   return {whole, own.has_value() ? *own : at::empty({0}, projection.options()), no_bias_gradient(projection)};
 }

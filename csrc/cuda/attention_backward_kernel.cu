@@ -9,21 +9,22 @@
 namespace minilm_fast::cuda {
 namespace {
 
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kBias, bool kDropout>
 struct RowKernel {
-  using Shape = GradientShape<kSize, kBias>;
+  using Shape = GradientShape<kSize, kBias, kDropout>;
   static constexpr int kWarpRows = 16 * Shape::kRowBlocks;
   static constexpr int kRows = kAttentionWarps * kWarpRows;
-  static constexpr int kResident = kSize == 32 ? 3 : 2;  // blocks of threads that are to fit on a multiprocessor
+  // Blocks of threads that are to fit on a multiprocessor.
+  static constexpr int kResident = kSize == 32 && !kDropout ? 3 : 2;
   static constexpr int kStageBytes = Shape::kTileBytes;
   static constexpr int kSharedBytes = 2 * kStageBytes + 2 * kRows * Shape::kRowBytes;
 };
 
-template <typename T, int kSize, bool kBias>
-__global__ void __launch_bounds__(kAttentionThreads, RowKernel<T, kSize, kBias>::kResident)
+template <typename T, int kSize, bool kBias, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads, RowKernel<T, kSize, kBias, kDropout>::kResident)
     attention_row_gradients_kernel(AttentionGradients p) {
-  using Kernel = RowKernel<T, kSize, kBias>;
-  using Shape = GradientShape<kSize, kBias>;
+  using Kernel = RowKernel<T, kSize, kBias, kDropout>;
+  using Shape = GradientShape<kSize, kBias, kDropout>;
   const Sequence sequence(p.forward, blockIdx.z);
   const int head = blockIdx.y, warp = static_cast<int>(threadIdx.x) / kLanes;
   const int block_row = sequence.first_row + static_cast<int>(blockIdx.x) * Kernel::kRows;
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kAttentionThreads, RowKernel<T, kSize, kBias>:
     most = sequence.longest(first_row, stop);
     least = sequence.shortest(first_row, stop);
   }
-  RowGradients<T, kSize, kBias> rows(p, sequence, head, first_row, queries, gradients);
+  RowGradients<T, kSize, kBias, kDropout> rows(p, sequence, head, first_row, queries, gradients);
   if (stop > sequence.end) rows.see_themselves(queries, gradients, k, v);
 
 #pragma unroll 1
@@ -67,6 +68,7 @@ __global__ void __launch_bounds__(kAttentionThreads, RowKernel<T, kSize, kBias>:
                            shared + (1 - odd) * Kernel::kStageBytes);
     commit_copies();
     const unsigned char* tile = shared + odd * Kernel::kStageBytes;
+    if (kDropout && column < most) rows.draw(column);
     if (next <= least)
       rows.add_full(tile, column);
     else if (column < most)
@@ -80,18 +82,22 @@ __global__ void __launch_bounds__(kAttentionThreads, RowKernel<T, kSize, kBias>:
                                           p.dq_token, first_row, sequence.length);
 }
 
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kBias, bool kDropout>
 struct ColumnKernel {
-  using Shape = GradientShape<kSize, kBias>;
+  using Shape = GradientShape<kSize, kBias, kDropout>;
   static constexpr int kWarpColumns = 16 * Shape::kColumnBlocks;
   static constexpr int kColumns = kAttentionWarps * kWarpColumns;
-  static constexpr int kStatisticsBytes = 2 * Shape::kOthers * static_cast<int>(sizeof(float));
-  static constexpr int kStageBytes = Shape::kTileBytes + kStatisticsBytes;
+  static constexpr int kKeptBytes = kDropout ? KeptTile::kWords * static_cast<int>(sizeof(uint32_t)) : 0;
+  static constexpr int kStageBytes = Shape::kKeptOffset + kKeptBytes;
+  static_assert(128 % kColumns == 0, "a block's columns are some of 128");
   static constexpr int kSharedBytes = 2 * kStageBytes + 2 * kColumns * Shape::kRowBytes;
 
-  // Starts to copy rows of q and grad_out, and their statistics.
+  // Starts to copy rows of q and grad_out and their statistics, and draws what is kept of them.
   __device__ static void stage(const AttentionGradients& p, const Sequence& sequence, int head, int row, int stop,
                                unsigned char* stage) {
+    const int block = static_cast<int>(blockIdx.x) * kColumns / 128;
+    if (kDropout)
+      KeptTile::draw(KeptElements(p.forward.dropout, head), sequence.shift + row, block, stage + Shape::kKeptOffset);
     const int first = sequence.shift + row;
     stage_tile<T, kSize>(head_rows<T>(p.forward.q, p.forward.q_token, p.forward.q_head, head),
                          head_rows<T>(p.grad_out, p.grad_token, p.grad_head, head), first, stop - row, stage);
@@ -102,10 +108,10 @@ struct ColumnKernel {
   }
 };
 
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kBias, bool kDropout>
 __global__ void __launch_bounds__(kAttentionThreads, 2) attention_column_gradients_kernel(AttentionGradients p) {
-  using Kernel = ColumnKernel<T, kSize, kBias>;
-  using Shape = GradientShape<kSize, kBias>;
+  using Kernel = ColumnKernel<T, kSize, kBias, kDropout>;
+  using Shape = GradientShape<kSize, kBias, kDropout>;
   static_assert(kAttentionThreads == 2 * Shape::kOthers, "a thread copies one of the statistics");
   const Sequence sequence(p.forward, blockIdx.z);
   const int head = blockIdx.y, warp = static_cast<int>(threadIdx.x) / kLanes;
@@ -129,7 +135,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_column_gradien
   values += warp * Kernel::kWarpColumns * Shape::kRowBytes;
   const int first_column = block_column + warp * Kernel::kWarpColumns;
   const int last = min(first_column + Kernel::kWarpColumns, sequence.length);
-  ColumnGradients<T, kSize, kBias> columns(p, sequence, head, first_column, keys, values);
+  ColumnGradients<T, kSize, kBias, kDropout> columns(p, sequence, head, first_column, keys, values);
   if (last > max(sequence.end, sequence.first_row)) columns.see_themselves(p, head, keys, values);
 
 #pragma unroll 1
@@ -159,35 +165,37 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_column_gradien
                                              p.dv_token, first_column, sequence.length);
 }
 
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kBias, bool kDropout>
 cudaError_t launch_instance(const AttentionGradients& p, cudaStream_t stream) {
-  using Rows = RowKernel<T, kSize, kBias>;
-  using Columns = ColumnKernel<T, kSize, kBias>;
+  using Rows = RowKernel<T, kSize, kBias, kDropout>;
+  using Columns = ColumnKernel<T, kSize, kBias, kDropout>;
   const auto grid = [&p](int count) {
     return dim3((p.forward.max_seqlen + count - 1) / count, p.forward.heads, p.forward.batch);
   };
-  const cudaError_t error = launch(attention_row_gradients_kernel<T, kSize, kBias>, grid(Rows::kRows),
+  const cudaError_t error = launch(attention_row_gradients_kernel<T, kSize, kBias, kDropout>, grid(Rows::kRows),
                                    dim3(kAttentionThreads), Rows::kSharedBytes, stream, p);
   if (error != cudaSuccess) return error;
-  return launch(attention_column_gradients_kernel<T, kSize, kBias>, grid(Columns::kColumns), dim3(kAttentionThreads),
-                Columns::kSharedBytes, stream, p);
+  return launch(attention_column_gradients_kernel<T, kSize, kBias, kDropout>, grid(Columns::kColumns),
+                dim3(kAttentionThreads), Columns::kSharedBytes, stream, p);
 }
 
 template <typename T, int kSize>
-cudaError_t launch_bias(const AttentionGradients& p, cudaStream_t stream) {
-  return p.forward.relative_bias == nullptr ? launch_instance<T, kSize, false>(p, stream)
-                                            : launch_instance<T, kSize, true>(p, stream);
+cudaError_t launch_extras(const AttentionGradients& p, cudaStream_t stream) {
+  const bool bias = p.forward.relative_bias != nullptr;
+  if (p.forward.dropout.threshold > 0)
+    return bias ? launch_instance<T, kSize, true, true>(p, stream) : launch_instance<T, kSize, false, true>(p, stream);
+  return bias ? launch_instance<T, kSize, true, false>(p, stream) : launch_instance<T, kSize, false, false>(p, stream);
 }
 
 template <typename T>
 cudaError_t launch_size(const AttentionGradients& p, cudaStream_t stream) {
   switch (p.forward.size) {
     case 32:
-      return launch_bias<T, 32>(p, stream);
+      return launch_extras<T, 32>(p, stream);
     case 64:
-      return launch_bias<T, 64>(p, stream);
+      return launch_extras<T, 64>(p, stream);
     case 128:
-      return launch_bias<T, 128>(p, stream);
+      return launch_extras<T, 128>(p, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -9,10 +9,10 @@
 namespace minilm_fast::cuda {
 namespace {
 
-template <typename T, int kSize, bool kBias>
-__global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias>::kResident)
+template <typename T, int kSize, bool kBias, bool kDropout>
+__global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias, kDropout>::kResident)
     attention_forward_kernel(Attention p) {
-  using Shape = AttentionShape<kSize, kBias>;
+  using Shape = AttentionShape<kSize, kBias, kDropout>;
   const Sequence sequence(p, blockIdx.z);
   const int head = blockIdx.y, warp = static_cast<int>(threadIdx.x) / kLanes;
   const int block_row = sequence.first_row + static_cast<int>(blockIdx.x) * Shape::kRows;
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias
     most = sequence.longest(first_row, stop);
     least = sequence.shortest(first_row, stop);
   }
-  WarpRows<T, kSize, kBias> rows(sequence, first_row, p.scale * kLog2OfE, bias,
-                                 queries + warp * Shape::kWarpRows * Shape::kRowBytes);
+  WarpRows<T, kSize, kBias, kDropout> rows(sequence, first_row, p.scale * kLog2OfE, bias, KeptElements(p.dropout, head),
+                                           queries + warp * Shape::kWarpRows * Shape::kRowBytes);
   if (stop > sequence.end) rows.see_themselves(k, v);
 
 #pragma unroll 1
@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias
                            shared + (1 - odd) * Shape::kStageBytes);
     commit_copies();
     const unsigned char* stage = shared + odd * Shape::kStageBytes;
+    if (kDropout && column < most) rows.draw(column);
     if (next <= least)
       rows.add_full(stage, column);
     else if (column < most)
@@ -65,35 +66,37 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias
   // Read again, so that it takes no register before.
   const int64_t row = Sequence(p, blockIdx.z).shift, stride = static_cast<int64_t>(p.heads) * kSize;
   unsigned char* results = shared + warp * Shape::kWarpRows * Shape::kRowBytes;
-  rows.finish(results, p.lse + head * p.queries + row);
+  rows.finish(results, p.lse + head * p.queries + row, p.dropout.scale);
   __syncwarp();
   store_rows<T, kSize, Shape::kWarpRows>(results, static_cast<T*>(p.out) + row * stride + head * kSize, stride,
                                          first_row, sequence.length);
 }
 
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kBias, bool kDropout>
 cudaError_t launch_instance(const Attention& p, cudaStream_t stream) {
-  using Shape = AttentionShape<kSize, kBias>;
+  using Shape = AttentionShape<kSize, kBias, kDropout>;
   const dim3 grid((p.max_seqlen + Shape::kRows - 1) / Shape::kRows, p.heads, p.batch);
-  return launch(attention_forward_kernel<T, kSize, kBias>, grid, dim3(kAttentionThreads), Shape::kSharedBytes, stream,
-                p);
+  return launch(attention_forward_kernel<T, kSize, kBias, kDropout>, grid, dim3(kAttentionThreads), Shape::kSharedBytes,
+                stream, p);
 }
 
 template <typename T, int kSize>
-cudaError_t launch_bias(const Attention& p, cudaStream_t stream) {
-  return p.relative_bias == nullptr ? launch_instance<T, kSize, false>(p, stream)
-                                    : launch_instance<T, kSize, true>(p, stream);
+cudaError_t launch_extras(const Attention& p, cudaStream_t stream) {
+  const bool bias = p.relative_bias != nullptr;
+  if (p.dropout.threshold > 0)
+    return bias ? launch_instance<T, kSize, true, true>(p, stream) : launch_instance<T, kSize, false, true>(p, stream);
+  return bias ? launch_instance<T, kSize, true, false>(p, stream) : launch_instance<T, kSize, false, false>(p, stream);
 }
 
 template <typename T>
 cudaError_t launch_size(const Attention& p, cudaStream_t stream) {
   switch (p.size) {
     case 32:
-      return launch_bias<T, 32>(p, stream);
+      return launch_extras<T, 32>(p, stream);
     case 64:
-      return launch_bias<T, 64>(p, stream);
+      return launch_extras<T, 64>(p, stream);
     case 128:
-      return launch_bias<T, 128>(p, stream);
+      return launch_extras<T, 128>(p, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda_dtype.h"
+#include "dropout.h"
 
 namespace minilm_fast::cuda {
 
@@ -26,6 +27,7 @@ struct Attention {
   int32_t batch, heads, size, max_seqlen;
   int64_t queries;
   float scale;
+  Dropout dropout;
 };
 
 // The backward pass: gradients of q, k and v. Rows of grad_out and out start at multiples of 16 bytes as well; the

@@ -2,6 +2,7 @@
 
 #include "attention_mask.cuh"
 #include "attention_tiles.cuh"
+#include "philox.cuh"
 
 // The gradients that one warp owns: those of 16 or 32 rows of q, or of as many rows of k and v. The warp's own rows are
 // left operands; the others come in tiles, of which 16 rows are taken at a time: their square of scores and that of the
@@ -9,18 +10,21 @@
 // themselves for the sums. What is taken off the gradients of probabilities is where their products start from.
 namespace minilm_fast::cuda {
 
-template <int kSize, bool kBias>
+template <int kSize, bool kBias, bool kDropout>
 struct GradientShape {
   static constexpr int kOthers = kAttentionColumns;  // of a tile
   static constexpr int kRowBytes = kSize * 2;
   static constexpr int kMatrixBytes = kOthers * kRowBytes;
   static constexpr int kTileBytes = 2 * kMatrixBytes;
+  // What follows behind a tile of rows: two numbers a row and, with dropout, what is kept of 128 columns.
+  static constexpr int kStatisticsBytes = 2 * kOthers * static_cast<int>(sizeof(float));
+  static constexpr int kKeptOffset = kTileBytes + kStatisticsBytes;
   // Blocks of 16 rows of a warp: two halve what is read from shared memory for each product, where they fit into
   // registers.
   static constexpr int kRowBlocks = kSize == 128 || kBias ? 1 : 2;
   static constexpr int kColumnBlocks = kSize == 32 ? 2 : 1;
   // Squares of a tile whose instructions may be mixed, for which other instances have too few registers.
-  static constexpr int kUnrolled = kSize == 32 && !kBias ? 4 : 1;
+  static constexpr int kUnrolled = kSize != 32 || kBias ? 1 : kDropout ? 2 : 4;
 };
 
 template <int kBlocks>
@@ -84,9 +88,9 @@ __device__ void pack_square(const Square<kBlocks>& square, uint32_t (&a)[kBlocks
 }
 
 // Gradients of rows of q; the others are keys and values.
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kBias, bool kDropout>
 class RowGradients {
-  using Shape = GradientShape<kSize, kBias>;
+  using Shape = GradientShape<kSize, kBias, kDropout>;
   static constexpr int kBlocks = Shape::kRowBlocks;
   static constexpr int kDims = kSize / 8;
 
@@ -98,6 +102,8 @@ class RowGradients {
       : sequence_(sequence),
         first_row_(first_row),
         scale_(p.forward.scale * kLog2OfE),
+        elements_(p.forward.dropout, head),
+        factor_(p.forward.dropout.scale),
         queries_(queries),
         gradients_(gradients) {
     if (kBias) bias_ = distance_bias(p.forward, head, sequence.first);
@@ -135,8 +141,9 @@ class RowGradients {
         const int64_t token = sequence_.first + (own ? row : 0);
         const T* key = k.data + token * k.stride;
         const float score = multiply_row<T, kSize>(queries, place, key);
-        const float gradient = multiply_row<T, kSize>(gradients, place, v.data + token * v.stride);
+        float gradient = multiply_row<T, kSize>(gradients, place, v.data + token * v.stride);
         if (!own) continue;
+        if (kDropout) gradient *= elements_.one(sequence_.shift + row, row) ? factor_ : 0.0f;
         float exponent = exponent_[b][half];
         if (kBias) exponent += bias_.table[0] * kLog2OfE;
         const float ds = exp2_approximate(fmaf(score, scale_, exponent)) * (gradient + level_[b][half]);
@@ -147,6 +154,11 @@ class RowGradients {
           sums_[b][d][2 * half + 1] = ds * pair.y;
         }
       }
+  }
+
+  // Before the tile of 64 columns from `first_column` on is added.
+  __device__ void draw(int first_column) {
+    kept_.draw(elements_, sequence_.shift + first_row_ + static_cast<int>(threadIdx.x) % kLanes / 4, first_column);
   }
 
   // Adds 64 columns from `first_column` on, all of which all rows see.
@@ -174,7 +186,7 @@ class RowGradients {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) levels[b][i / 4][i % 4] = level_[b][i % 4 / 2];
+      for (int i = 0; i < 8; ++i) levels[b][i / 4][i % 4] = kDropout ? 0.0f : level_[b][i % 4 / 2];
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     queries_.multiply_others(scores, zeros, tile, swapped_offset_, n);
     gradients_.multiply_others(gradients, levels, tile + Shape::kMatrixBytes, swapped_offset_, n);
@@ -193,7 +205,10 @@ class RowGradients {
           const float exponent = kBias ? score + exponent_[b][half] : fmaf(score, scale_, exponent_[b][half]);
           float p = exp2_approximate(exponent);
           if (kMasked && j / 2 * 8 + j % 2 >= end) p = 0.0f;
-          score = p * gradients[b][j / 2][2 * half + j % 2];
+          float gradient = gradients[b][j / 2][2 * half + j % 2];
+          if (kDropout)
+            gradient = fmaf(gradient, kept_(b, half, j / 2, j % 2, n / 16) ? factor_ : 0.0f, level_[b][half]);
+          score = p * gradient;
         }
       }
     uint32_t a[kBlocks][4];
@@ -221,6 +236,9 @@ class RowGradients {
   DistanceBias bias_;
   int first_row_;
   float scale_;
+  KeptElements elements_;
+  float factor_;  // of what is kept
+  KeptInTile<kBlocks> kept_;
   LeftRows<T, kSize, kBlocks, true> queries_, gradients_;
   int offset_ = lane_matrix_offset<Shape::kRowBytes>(false),
       swapped_offset_ = lane_matrix_offset<Shape::kRowBytes>(true);
@@ -229,11 +247,33 @@ class RowGradients {
   float sums_[kBlocks][kDims][4] = {};
 };
 
+// What dropout keeps of 64 rows and 128 columns, drawn by all threads of a block: a word is what a lane needs of 16
+// rows and one column of 16, with a bit for each 16 columns.
+struct KeptTile {
+  static constexpr int kWords = kAttentionColumns / 16 * 64;
+
+  // `row` is the first one, of q.
+  __device__ static void draw(const KeptElements& elements, int row, int block, unsigned char* tile) {
+    auto* words = reinterpret_cast<uint32_t*>(tile);
+#pragma unroll
+    for (int i = 0; i < kWords; i += kAttentionThreads) {
+      const int word = i + static_cast<int>(threadIdx.x);
+      words[word] = elements.of_rows(row + word / 64 * 16 + word % 4 * 2, block, word / 4 % 16);
+    }
+  }
+
+  // For the 16 rows from `n` on and columns of which this lane holds the first or, `half`, the second.
+  __device__ static uint32_t of_lane(const unsigned char* tile, int n, int half) {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    return reinterpret_cast<const uint32_t*>(tile)[n * 4 + half * 32 + lane];
+  }
+};
+
 // Gradients of rows of k and v, which are columns of the scores; the others are queries and rows of grad_out, whose
 // statistics follow behind the tile.
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kBias, bool kDropout>
 class ColumnGradients {
-  using Shape = GradientShape<kSize, kBias>;
+  using Shape = GradientShape<kSize, kBias, kDropout>;
   static constexpr int kBlocks = Shape::kColumnBlocks;
   static constexpr int kDims = kSize / 8;
 
@@ -244,6 +284,7 @@ class ColumnGradients {
       : sequence_(sequence),
         first_column_(first_column),
         scale_(p.forward.scale * kLog2OfE),
+        factor_(p.forward.dropout.scale),
         keys_(keys),
         values_(values) {
     if (!kBias) return;
@@ -270,8 +311,13 @@ class ColumnGradients {
         const int64_t token = sequence_.shift + (own ? row : sequence_.length - 1);
         const T *query = q.data + token * q.stride, *gradient = g.data + token * g.stride;
         const float score = multiply_row<T, kSize>(keys, place, query);
-        const float dp = multiply_row<T, kSize>(values, place, gradient);
+        float dp = multiply_row<T, kSize>(values, place, gradient);
         if (!own) continue;
+        bool kept = true;
+        if (kDropout) {
+          kept = KeptElements(p.forward.dropout, head).one(static_cast<int>(token), row);
+          dp *= kept ? factor_ : 0.0f;
+        }
         float exponent = statistics[token];
         if (kBias) exponent += bias_.table[0] * kLog2OfE;
         const float probability = exp2_approximate(fmaf(score, scale_, exponent));
@@ -282,8 +328,8 @@ class ColumnGradients {
           const float2 gradient_pair = pair_at(gradient + d * 8 + lane % 4 * 2);
           key_sums_[b][d][2 * half] = ds * query_pair.x;
           key_sums_[b][d][2 * half + 1] = ds * query_pair.y;
-          value_sums_[b][d][2 * half] = probability * gradient_pair.x;
-          value_sums_[b][d][2 * half + 1] = probability * gradient_pair.y;
+          value_sums_[b][d][2 * half] = kept ? probability * gradient_pair.x : 0.0f;
+          value_sums_[b][d][2 * half + 1] = kept ? probability * gradient_pair.y : 0.0f;
         }
       }
   }
@@ -307,7 +353,8 @@ class ColumnGradients {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       put_sums<T>(key_sums_[b], scale, scale, keys, b * 16);
-      put_sums<T>(value_sums_[b], 1.0f, 1.0f, values, b * 16);
+      const float factor = kDropout ? factor_ : 1.0f;
+      put_sums<T>(value_sums_[b], factor, factor, values, b * 16);
     }
   }
 
@@ -320,17 +367,23 @@ class ColumnGradients {
   __device__ void add(const unsigned char* tile, int first_row, int n, int stop) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     const auto* statistics = reinterpret_cast<const float*>(tile + Shape::kTileBytes) + n + lane % 4 * 2;
-    Square<kBlocks> scores, gradients, zeros = {}, levels;
-    float2 exponents[2];
+    Square<kBlocks> scores, gradients, zeros = {}, starts;
+    float2 exponents[2], levels[2];
+    uint32_t kept[2];
+    if (kDropout) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        kept[half] = KeptTile::of_lane(tile + Shape::kKeptOffset, n, half) >> (first_column_ % 128 / 16);
+    }
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       exponents[t] = *reinterpret_cast<const float2*>(statistics + t * 8);
-      const float2 level = *reinterpret_cast<const float2*>(statistics + Shape::kOthers + t * 8);
+      levels[t] = *reinterpret_cast<const float2*>(statistics + Shape::kOthers + t * 8);
 #pragma unroll
-      for (int i = 0; i < 4 * kBlocks; ++i) levels[i / 4][t][i % 4] = i % 2 == 0 ? level.x : level.y;
+      for (int i = 0; i < 4 * kBlocks; ++i) starts[i / 4][t][i % 4] = i % 2 == 0 ? levels[t].x : levels[t].y;
     }
     keys_.multiply_others(scores, zeros, tile, swapped_offset_, n);
-    values_.multiply_others(gradients, levels, tile + Shape::kMatrixBytes, swapped_offset_, n);
+    values_.multiply_others(gradients, kDropout ? zeros : starts, tile + Shape::kMatrixBytes, swapped_offset_, n);
     if (kBias) add_bias(scores, first_row + n);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -349,7 +402,14 @@ class ColumnGradients {
           const float exponent = kBias ? score + added : fmaf(score, scale_, added);
           score = exp2_approximate(exponent);
           if (kMasked && column(b, half) >= end) score = 0.0f;
-          gradient *= score;
+          if (kDropout) {
+            const bool stays = kept_element(kept[half], j / 2, j % 2, b);
+            const float level = j % 2 == 0 ? levels[j / 2].x : levels[j / 2].y;
+            gradient = score * fmaf(gradient, stays ? factor_ : 0.0f, level);
+            if (!stays) score = 0.0f;
+          } else {
+            gradient *= score;
+          }
         }
     }
     uint32_t a[kBlocks][4];
@@ -379,6 +439,7 @@ class ColumnGradients {
   DistanceBias bias_;
   int first_column_;
   float scale_;
+  float factor_;  // of what dropout keeps
   LeftRows<T, kSize, kBlocks, kSize != 128> keys_, values_;
   int offset_ = lane_matrix_offset<Shape::kRowBytes>(false),
       swapped_offset_ = lane_matrix_offset<Shape::kRowBytes>(true);

@@ -48,17 +48,6 @@ inline void check_queries(const char* op, const at::Tensor& cu_queries, const at
   }
 }
 
-inline uint64_t check_seed(const char* op, double dropout, const std::optional<at::Tensor>& seed) {
-  TORCH_CHECK(dropout >= 0 && dropout < 1, op, ": dropout must be at least 0 and below 1, got ", dropout);
-  if (dropout == 0) return 0;
-  TORCH_CHECK(seed.has_value(), op, ": dropout needs a seed");
-  check_dtype(op, "seed", *seed, {at::kLong});
-  check_shape(op, "seed", *seed, {1});
-  const int64_t value = *seed->const_data_ptr<int64_t>();
-  TORCH_CHECK(value >= 0, op, ": seed must not be negative, got ", value);
-  return static_cast<uint64_t>(value);
-}
-
 // Checks the operands; gives the problem, without outputs, and the length of the longest sequence.
 inline AttentionProblem make_problem(const char* op, const AttentionOperands& o, int64_t& longest) {
   const at::Tensor &q = o.q, &k = o.k, &v = o.v;

@@ -6,6 +6,7 @@
 #include "attention_tiles.cuh"
 #include "cuda_device.cuh"
 #include "exp2.cuh"
+#include "philox.cuh"
 
 // The rows of one warp: their queries, their running softmax and the sums of values. Scores and sums lie in registers
 // as multiply_add leaves them: of each eight columns, lane i holds the columns 2 * (i % 4) and the next, of row i / 4
@@ -16,7 +17,7 @@ namespace minilm_fast::cuda {
 // overflow, and the largest number of fp16 is just below 2^16.
 constexpr float kLargestSum = 32768.0f;
 
-template <int kSize, bool kBias>
+template <int kSize, bool kBias, bool kDropout>
 struct AttentionShape {
   static constexpr int kColumns = kAttentionColumns;
   // Blocks of 16 rows of a warp. Two halve what is read from shared memory for each product, where they fit into
@@ -26,18 +27,19 @@ struct AttentionShape {
   static constexpr int kRows = kAttentionWarps * kWarpRows;
   static constexpr int kRowBytes = kSize * 2;
   static constexpr int kMatrixBytes = kColumns * kRowBytes;
-  static constexpr int kStageBytes = 2 * kMatrixBytes;   // keys, then values
-  static constexpr int kResident = kSize == 32 ? 3 : 2;  // blocks of threads that are to fit on a multiprocessor
+  static constexpr int kStageBytes = 2 * kMatrixBytes;  // keys, then values
+  // Blocks of threads that are to fit on a multiprocessor.
+  static constexpr int kResident = kSize == 32 && !kDropout ? 3 : 2;
   // One exponential of so many is a polynomial. At size 32 the special-function unit is what takes longest.
-  static constexpr int kPolynomialEvery = kSize == 32 ? 16 : 0;
+  static constexpr int kPolynomialEvery = kSize == 32 && !kDropout ? 16 : 0;
   // Two stages and the queries; the results take the place of the first stage.
   static constexpr int kSharedBytes = 2 * kStageBytes + kRows * kRowBytes;
   static_assert(kRows * kRowBytes <= kStageBytes, "room for the results");
 };
 
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kBias, bool kDropout>
 class WarpRows {
-  using Shape = AttentionShape<kSize, kBias>;
+  using Shape = AttentionShape<kSize, kBias, kDropout>;
   static constexpr int kBlocks = Shape::kBlocks;
   static constexpr int kPairs = Shape::kColumns / 8;
   static constexpr int kDims = kSize / 8;
@@ -47,9 +49,10 @@ class WarpRows {
   // `first_row` is one of the sequence, `scale` in powers of two. The warp's queries are the first rows of `queries`,
   // where they stay: they take no registers but while keys are multiplied.
   __device__ WarpRows(const Sequence& sequence, int first_row, float scale, const DistanceBias& bias,
-                      unsigned char* queries)
+                      const KeptElements& elements, unsigned char* queries)
       : sequence_(sequence),
         bias_(bias),
+        elements_(elements),
         queries_(queries),
         first_row_(first_row),
         scale_(scale == 0.0f ? 1.0f : fabsf(scale)) {
@@ -79,6 +82,7 @@ class WarpRows {
         largest_[b][half] = score;
         // The lanes of a row hold parts of its sum.
         sum_[b][half] = lane % 4 == 0 ? 1.0f : 0.0f;
+        if (kDropout && !elements_.one(sequence_.shift + row(b, half), row(b, half))) continue;
 #pragma unroll
         for (int d = 0; d < kDims; ++d) {
           const float2 value = pair_at(v.data + token * v.stride + d * 8 + column);
@@ -87,6 +91,9 @@ class WarpRows {
         }
       }
   }
+
+  // Before the tile of 64 columns from `first_column` on is added.
+  __device__ void draw(int first_column) { kept_.draw(elements_, sequence_.shift + row(0, 0), first_column); }
 
   // Adds 64 columns from `first_column` on, all of which all rows see. But for the first tile, a maximum is not sought:
   // probabilities are taken with the one that there is, and only if they are too large, everything is done again with
@@ -113,9 +120,9 @@ class WarpRows {
     if constexpr (kBlocks > 1) add_partial_block<1>(stage, first_column, columns);
   }
 
-  // Leaves the results in the first rows of `shared`, which are this warp's, and the log-sum-exps at `lse`, which
-  // points at row 0 of the sequence.
-  __device__ void finish(unsigned char* shared, float* lse) {
+  // Leaves the results, times a factor, in the first rows of `shared`, which are this warp's, and the log-sum-exps at
+  // `lse`, which points at row 0 of the sequence.
+  __device__ void finish(unsigned char* shared, float* lse, float factor) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -123,7 +130,7 @@ class WarpRows {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float sum = sum_of_row(sum_[b][half]);
-        inverse[half] = 1.0f / sum;
+        inverse[half] = (kDropout ? factor : 1.0f) / sum;
         if (lane % 4 == 0 && row(b, half) < sequence_.length)
           lse[row(b, half)] = (largest_[b][half] + log2f(sum)) * kLogOf2;
       }
@@ -326,6 +333,7 @@ class WarpRows {
           const float exponent = fmaf(scores[b][place][2 * half + i], unit, -largest_[b][half]);
           pair[i] = exp2_shared_out<kPolynomialEvery>(exponent, place * 4 + 2 * half + i);
           sums[b][half] += pair[i];
+          if (kDropout && !kept_(b, half, r / 2, i, n / 2)) pair[i] = 0.0f;
         }
         p[b][r] = pack_pair<T>(pair[0], pair[1]);
         // Else the compiler packs only where the pair is used, and both numbers take a register until then.
@@ -335,10 +343,12 @@ class WarpRows {
 
   Sequence sequence_;
   DistanceBias bias_;
+  KeptElements elements_;
   unsigned char* queries_;
   int first_row_;
   float scale_;
   int position_[kBlocks][2];
+  KeptInTile<kBlocks> kept_;
   float largest_[kBlocks][2];
   float sum_[kBlocks][2] = {};
   float values_[kBlocks][kDims][4] = {};

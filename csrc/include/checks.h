@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <optional>
 
 namespace minilm_fast {
 
@@ -79,6 +80,18 @@ inline int64_t check_relative_bias(const char* op, const at::Tensor& bias, int64
   check_floats(op, "relative_bias", bias, {heads, -1});
   TORCH_CHECK(bias.size(1) % 2 == 1, op, ": relative_bias must have an odd number of columns, got ", bias.sizes());
   return bias.size(1) / 2;
+}
+
+// The seed of dropout, 0 where nothing is dropped.
+inline uint64_t check_seed(const char* op, double dropout, const std::optional<at::Tensor>& seed) {
+  TORCH_CHECK(dropout >= 0 && dropout < 1, op, ": dropout must be at least 0 and below 1, got ", dropout);
+  if (dropout == 0) return 0;
+  TORCH_CHECK(seed.has_value(), op, ": dropout needs a seed");
+  check_dtype(op, "seed", *seed, {at::kLong});
+  check_shape(op, "seed", *seed, {1});
+  const int64_t value = *seed->const_data_ptr<int64_t>();
+  TORCH_CHECK(value >= 0, op, ": seed must not be negative, got ", value);
+  return static_cast<uint64_t>(value);
 }
 
 inline void check_head_size(const char* op, const at::Tensor& q) {

@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "dropout.h"
 #include "vec.h"
 
 namespace minilm_fast {
@@ -12,19 +13,6 @@ namespace {
 
 // Columns whose factors come from one call: 16 counters of 8 half words.
 constexpr int64_t kDropoutBlock = 128;
-
-struct Dropout {
-  uint32_t key[2];
-  uint32_t threshold;  // a half word below it is dropped; 0: nothing is
-  float scale;         // factor of what is kept
-};
-
-inline Dropout make_dropout(double probability, uint64_t seed) {
-  const uint32_t threshold = static_cast<uint32_t>(__builtin_nearbyint(probability * 65536.0));
-  return {{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
-          threshold,
-          threshold >= 65536 ? 0.0f : static_cast<float>(65536.0 / (65536.0 - threshold))};
-}
 
 typedef uint64_t WideVec __attribute__((vector_size(kLanes * 4)));
 

@@ -67,13 +67,13 @@ def refuse_format(format: str) -> dict[str, str | None]:
     return {"cuda": None if format in FORMATS else f"the format {format} is not fp32, bf16 or fp16"}
 
 
-def refuse_attention(q: torch.Tensor, dropout: float) -> dict[str, str | None]:
+def refuse_attention(q: torch.Tensor) -> dict[str, str | None]:
     """Why the CUDA kernel of attention cannot run for these queries."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return {"cuda": f"the tensors are {q.dtype}, not fp16 or bf16"}
     if q.shape[-1] not in HEAD_SIZES:
         return {"cuda": f"the head size {q.shape[-1]} is none of 32, 64 and 128"}
-    return {"cuda": "the CUDA kernel has no dropout" if dropout > 0 else None}
+    return {"cuda": None}
 
 
 def refuse_decode(q: torch.Tensor, cache: torch.Tensor) -> dict[str, str | None]:

@@ -255,7 +255,7 @@ def attention(
     _check(q, k, v, layout, dropout, seed)
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
-    backend = select("attention", q, k, v, relative_bias, refusals=_refusals(q, relative_bias, dropout))
+    backend = select("attention", q, k, v, relative_bias, refusals=_refusals(q, relative_bias))
     run = {"reference": _reference, "triton": _triton_op}.get(backend, _op)
     out, lse = run(q, k, v, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
     return out, lse.detach()
@@ -291,15 +291,15 @@ def projected_attention(
     _check(q, k, v, layout, dropout, seed)
     if (relative_bias is None) != (position_ids is None):
         raise ValueError("attention: relative_bias and position_ids go together")
-    refusals = _refusals(q, relative_bias, dropout)
+    refusals = _refusals(q, relative_bias)
     backend = select("projected_attention", projection, queries, relative_bias, refusals=refusals)
     run = {"reference": _reference_projected, "triton": _triton_projected_op}.get(backend, _projected_op)
     out, lse = run(projection, queries, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
     return out, lse.detach()
 
 
-def _refusals(q: torch.Tensor, relative_bias: torch.Tensor | None, dropout: float) -> dict[str, str | None]:
-    refusals = _triton.refuse_attention(q) | _cuda.refuse_attention(q, dropout)
+def _refusals(q: torch.Tensor, relative_bias: torch.Tensor | None) -> dict[str, str | None]:
+    refusals = _triton.refuse_attention(q) | _cuda.refuse_attention(q)
     if refusals["cuda"] is None and relative_bias is not None and relative_bias.requires_grad:
         reason = _triton.unusable("attention", q.device) if torch.is_grad_enabled() else None
         if reason is not None:
