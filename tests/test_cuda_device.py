@@ -18,6 +18,7 @@ from test_cuda_few_rows import after_prefill
 from test_pooled_search import SPECIAL, random_sources, small_model
 
 from minilm_fast import backend, ops
+from minilm_fast.decoding import pool
 from minilm_fast.decoding.options import SearchOptions
 from minilm_fast.decoding.search import BeamSearch
 from minilm_fast.errors import NotEnoughMemory
@@ -214,6 +215,24 @@ def test_decoding_gives_the_answers_of_the_cpu(options: dict[str, object]) -> No
     assert {index: hypothesis.ids for index, hypothesis in found.items()} == {i: h.ids for i, h in plain.items()}
     for index, hypothesis in plain.items():
         assert found[index].score == pytest.approx(hypothesis.score, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_size": 3, "forbid_duplicate_ngrams": True, "ngram_size": 2}])
+def test_graphs_of_all_sizes_and_the_next_call(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size and each prefill is captured at its first use, and replayed in the calls that follow."""
+    monkeypatch.setattr(pool, "PATIENCE", 0)
+    monkeypatch.setattr(pool, "PREFILL_PATIENCE", 0)
+    config, state = small_model()
+    engine, sources = InferenceEngine(config, state, device="cuda"), random_sources()
+    plain_engine, kept = InferenceEngine(config, state), []
+    for given, batch_size in ((sources, 9), (sources[:2], 2), (sources[3:], 9), (sources, 4)):
+        chosen = SearchOptions(batch_size=batch_size, max_tgt_length=12, **options)
+        plain = dict(BeamSearch(plain_engine, chosen, SPECIAL).run(given))
+        found = dict(BeamSearch(engine, chosen, SPECIAL).run(given))
+        assert {index: hypothesis.ids for index, hypothesis in found.items()} == {i: h.ids for i, h in plain.items()}
+        kept.append(*engine.kept.values())
+    assert all(x is kept[0] for x in kept)
+    assert {9, 2} <= set(kept[0]._graphs)
 
 
 def test_operators_of_decoding() -> None:

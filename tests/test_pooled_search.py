@@ -11,13 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilm_fast import backend
 from minilm_fast.config import Config
+from minilm_fast.decoding import pool as pools
 from minilm_fast.decoding import pooled
 from minilm_fast.decoding.options import SearchOptions
-from minilm_fast.decoding.pooled import Pool, PooledSearch
+from minilm_fast.decoding.pool import Pool
+from minilm_fast.decoding.pooled import PooledSearch
 from minilm_fast.decoding.result import Hypothesis
 from minilm_fast.decoding.search import BeamSearch, SpecialIds
 from minilm_fast.modeling.inference import InferenceEngine
 from minilm_fast.modeling.model import Model
+from minilm_fast.modeling.source_batch import SourceBatch, number_count
 
 SPECIAL = SpecialIds(sep=3, pad=0, mask=4)
 
@@ -196,7 +199,7 @@ def test_a_kept_pool_makes_room(engine: InferenceEngine, monkeypatch: pytest.Mon
 def test_sizes_are_captured_when_they_have_been_wanted_often(
     engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pooled, "PATIENCE", 2)
+    monkeypatch.setattr(pools, "PATIENCE", 2)
     pool = Pool(BeamSearch(engine, SearchOptions(max_tgt_length=12), SPECIAL), 8, 16)
     assert [pool.size_for(n) for n in (8, 5, 4, 3, 2, 1)] == [8, 8, 4, 4, 2, 1]
     # As on a GPU, where each size has a graph.
@@ -208,3 +211,39 @@ def test_sizes_are_captured_when_they_have_been_wanted_often(
     assert [pool.size_for(n) for n in (8, 3, 4, 3, 1)] == [8, 8, 8, 4, 8]
     graphs[4] = "captured"
     assert [pool.size_for(n) for n in (3, 1, 5, 1)] == [4, 4, 8, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_size": 3, "pos_shift": True}, {"mode": "l2r"}])
+@pytest.mark.parametrize("most", [0, 40])
+def test_sources_read_one_by_one_or_filled_up(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], most: int
+) -> None:
+    """Small prefills are filled up with an idle sequence, large ones are read as they are: the same answers."""
+    monkeypatch.setattr(pools, "MOST_PREFILL_TOKENS", most)
+    monkeypatch.setattr(pools, "TOKEN_MULTIPLE", 8)
+    monkeypatch.setattr(pools, "MOST_PREFILLS", 2)
+    engine.kept.clear()
+    search = BeamSearch(engine, SearchOptions(batch_size=3, max_tgt_length=12, **options), SPECIAL)
+    sources = random_sources()
+    assert in_pool(search, sources, 3) == dict(search.run(sources))
+    (pool,) = engine.kept.values()
+    assert len(pool._prefills) == (2 if most else 0)
+
+
+def test_an_idle_sequence_changes_nothing(engine: InferenceEngine) -> None:
+    sources = random_sources()[:3]
+    tokens = sum(map(len, sources)) + 3
+    slots, results = torch.tensor([2, 0, 1], dtype=torch.int32), []
+    for given in (None, tokens, tokens + 21):
+        cache = engine.new_cache(slots=3, beams=1, source_capacity=17, steps=1)
+        cache.source_k.zero_()
+        numbers = engine.pack(sources, SPECIAL.mask, tokens=given)
+        count = given or tokens
+        assert numbers.numel() == number_count(3, count, given is not None)
+        batch = SourceBatch(numbers, 3, count, 22, given is not None)
+        assert all(x.data_ptr() % 16 == 0 for x in (batch.ids, batch.layout.segments, batch.layout.cu_seqlens))
+        with torch.inference_mode():
+            hidden = engine.prefill_packed(batch, slots, cache, keep_query=False)
+        results.append((hidden, cache.source_k, cache.source_lengths))
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))

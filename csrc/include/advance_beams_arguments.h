@@ -26,7 +26,7 @@ AdvanceBeams advance_beams_arguments(const char* op, const Check& check, const a
                            at::IntArrayRef shape) {
     check(name, x, type, shape);
     using Number = std::remove_reference_t<decltype(*to)>;
-    to = static_cast<Number*>(const_cast<void*>(x.const_data_ptr()));
+    to = static_cast<Number*>(x.data_ptr());
   };
   pointer(p.tokens, "tokens", tokens, at::kInt, {-1, -1, -1});
   const int64_t all = tokens.size(0), beams = tokens.size(1), length = tokens.size(2);

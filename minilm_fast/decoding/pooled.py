@@ -11,122 +11,25 @@ A pool is kept by the engine and used again, graphs included, by the next search
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from minilm_fast.decoding.pool import Pool
 from minilm_fast.decoding.result import Hypothesis
-from minilm_fast.decoding.state import StateLayout, winner
+from minilm_fast.decoding.state import winner
 from minilm_fast.errors import is_out_of_memory
-from minilm_fast.ops import BeamState, forced_backend
+from minilm_fast.ops import forced_backend
 
 if TYPE_CHECKING:
     from minilm_fast.decoding.search import BeamSearch
 
 # Steps under way whose outcome the host has not looked at.
 IN_FLIGHT = 2
-# Runs before the capture, in which libraries allocate and kernels are compiled.
-WARM_UP = 2
-# So many steps must have wanted a size that there is no graph for, while there is one for a larger size, before it is
-# captured: a capture takes as long as hundreds of steps.
-PATIENCE = 256
 # Pools that an engine keeps.
 KEPT_POOLS = 2
-
-
-class Pool:
-    """The memory of a search and its captured steps; it does not hold the engine, whose weights the graphs read.
-
-    Args:
-        search: whose options and engine it is for.
-        slots: examples at a time.
-        source_capacity: longest source.
-    """
-
-    def __init__(self, search: BeamSearch, slots: int, source_capacity: int) -> None:
-        device = search.engine.device
-        self.device = device
-        self.capacity = slots
-        self.source_capacity = source_capacity
-        self.layout = StateLayout(slots, search.options)
-        self.cache = search.new_cache(slots, source_capacity)
-        self.buffer = torch.zeros(self.layout.bytes, dtype=torch.uint8, device=device)
-        self.state = BeamState(**self.layout.over(self.buffer))
-        self._all_slots = torch.arange(slots, dtype=torch.int32, device=device)
-        self.slots = self._all_slots.clone()
-        # The graphs read these.
-        self._rules = search.rules._replace(divisors=search.rules.divisors.to(device))
-        self._ignored = search.ignored.to(device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._wanted: Counter[int] = Counter()
-        self._idle: torch.cuda.Event | None = None
-        self._sizes = [slots]
-        while self._sizes[-1] > 1:
-            self._sizes.append(-(-self._sizes[-1] // 2))
-
-    def start(self, search: BeamSearch) -> None:
-        """Makes it ready for a search, and the search for it: all rows stand still."""
-        search.rules, search.ignored = self._rules, self._ignored
-        if self._idle is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._idle)
-        self.buffer.zero_()
-        self.slots.copy_(self._all_slots)
-
-    def end(self) -> None:
-        """Called when the last step of a search has been started."""
-        if self.device.type == "cuda":
-            self._idle = torch.cuda.Event()
-            self._idle.record(torch.cuda.current_stream(self.device))
-
-    def size_for(self, examples: int) -> int:
-        """For how many rows a step is to be computed that so many examples take."""
-        fitting = min(size for size in self._sizes if size >= examples)
-        captured = [size for size in self._graphs if size >= examples]
-        if self.device.type != "cuda" or fitting in captured or not captured:
-            return fitting
-        self._wanted[fitting] += 1
-        return fitting if self._wanted[fitting] > PATIENCE else min(captured)
-
-    def first(self, size: int) -> tuple[BeamState, torch.Tensor]:
-        """State and slots of the first rows."""
-        return BeamState(*(x[:size] for x in self.state)), self.slots[:size]
-
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        """Moves rows to places that nothing is read from any more."""
-        source, target = torch.tensor([sources, targets]).to(self.device)
-        for x in (self.slots, *self.state):
-            x[target] = x[source]
-
-    def step(self, search: BeamSearch, size: int) -> None:
-        """One step of the first rows; on a GPU captured when the size is first used."""
-        if self.device.type != "cuda":
-            self._step(search, size)
-            return
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(search, size)
-        self._graphs[size].replay()
-
-    def _step(self, search: BeamSearch, size: int) -> None:
-        search.step(*self.first(size), self.cache)
-
-    def _capture(self, search: BeamSearch, size: int) -> torch.cuda.CUDAGraph:
-        # A step of rows that stand still changes nothing but the last entry of the history, which is written again.
-        running = self.state.running.clone()
-        self.state.running.zero_()
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._step(search, size)
-            self.state.running.copy_(running)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            self._step(search, size)
-        return graph
 
 
 class _Answers:
@@ -219,8 +122,10 @@ class PooledSearch:
         answers = _Answers(pool)
         while waiting or rows:
             if self._search.admits(len(free), self._slots, bool(rows), len(waiting)):
-                entering = {waiting.popleft(): free.pop() for _ in range(min(len(free), len(waiting)))}
-                self._enter(pool, sources, entering)
+                count = self._search.group(self._slots) if rows else self._slots
+                entering = {waiting.popleft(): free.pop() for _ in range(min(count, len(free), len(waiting)))}
+                # As long as examples wait no row has been moved: each has the slot of its number.
+                pool.enter(self._search, [sources[e] for e in entering], list(entering.values()))
                 rows |= entering
                 frames |= dict.fromkeys(entering, 1)
                 answers.send(rows)
@@ -238,11 +143,6 @@ class PooledSearch:
                 continue
             if len(answers) >= IN_FLIGHT:
                 yield from self._finished(answers, rows, free)
-
-    def _enter(self, pool: Pool, sources: Sequence[Sequence[int]], entering: dict[int, int]) -> None:
-        # As long as examples wait no row has been moved: each has the slot of its number.
-        places = torch.tensor(list(entering.values()), dtype=torch.int32).to(pool.device)
-        self._search.enter([sources[e] for e in entering], places, pool.cache, pool.state, places)
 
     def _shrink(self, pool: Pool, rows: dict[int, int], size: int) -> int:
         """Moves what is left to the front if a smaller step will do; changes ``rows`` and gives the new size."""

@@ -21,6 +21,7 @@ from minilm_fast.decoding.result import Hypothesis
 from minilm_fast.decoding.state import new_state, winner
 from minilm_fast.errors import enough_memory
 from minilm_fast.modeling.inference import DecodeCache, InferenceEngine
+from minilm_fast.modeling.source_batch import SourceBatch
 from minilm_fast.ops import BeamRules, BeamState
 
 
@@ -150,7 +151,11 @@ class BeamSearch:
             return False
         if not live:
             return True
-        return self.options.continuous_batching and free >= max(1, slots // 8)
+        return self.options.continuous_batching and free >= self.group(slots)
+
+    def group(self, slots: int) -> int:
+        """How many sentences enter at least, while others are decoded."""
+        return max(1, slots // 8)
 
     def enter(
         self,
@@ -168,7 +173,6 @@ class BeamSearch:
             cache, state: changed in place.
             rows: int32 ``[n]``: which row of the state each takes; by default one after the other.
         """
-        query = self.special.sep if self.options.pos_shift else self.special.mask
         hidden = []
         start, most = 0, self.PREFILL_TOKENS[self.engine.device.type]
         while start < len(sources):
@@ -179,18 +183,38 @@ class BeamSearch:
             hidden.append(
                 self.engine.prefill(
                     sources[start:stop],
-                    query,
+                    self._query,
                     slots[start:stop],
                     cache,
                     keep_query=self.options.pos_shift,
-                    causal_source=self.options.mode == "l2r",
+                    causal_source=self._causal,
                 )
             )
             start = stop
+        self._first_step(torch.cat(hidden), state, rows)
+
+    @property
+    def _query(self) -> int:
+        return self.special.sep if self.options.pos_shift else self.special.mask
+
+    @property
+    def _causal(self) -> bool:
+        return self.options.mode == "l2r"
+
+    def pack(self, sources: Sequence[Sequence[int]], tokens: int) -> torch.Tensor:
+        """Sources filled up to so many tokens, for :meth:`enter_packed`; on the CPU."""
+        return self.engine.pack(sources, self._query, causal_source=self._causal, tokens=tokens)
+
+    def enter_packed(self, batch: SourceBatch, places: torch.Tensor, cache: DecodeCache, state: BeamState) -> None:
+        """:meth:`enter` of sources on the device, which have the slots and rows ``places``. It can be captured."""
+        hidden = self.engine.prefill_packed(batch, places, cache, keep_query=self.options.pos_shift)
+        self._first_step(hidden, state, places)
+
+    def _first_step(self, hidden: torch.Tensor, state: BeamState, rows: torch.Tensor | None) -> None:
         suppress = None
         if self.options.constrained and self.options.min_len >= 1:
-            suppress = torch.ones(len(sources), dtype=torch.bool, device=self.engine.device)
-        found = self.engine.predict(torch.cat(hidden), self.options.beam_size, None, self.special.sep, suppress)
+            suppress = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        found = self.engine.predict(hidden, self.options.beam_size, None, self.special.sep, suppress)
         self._advance(*found, state, 1, rows, self.options.entering)
 
     def step(self, state: BeamState, slots: torch.Tensor, cache: DecodeCache) -> None:

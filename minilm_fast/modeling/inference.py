@@ -19,6 +19,7 @@ from minilm_fast.modeling.encoder import lm_head_activation
 from minilm_fast.modeling.few_rows import FewRows
 from minilm_fast.modeling.last_layer import LastLayer
 from minilm_fast.modeling.packed_encoder import PackedEncoder, WeightReader, attention_dtype
+from minilm_fast.modeling.source_batch import SourceBatch, pack
 
 # The original's decoder normalises with 1e-5 whatever the configuration says.
 LAYER_NORM_EPS = 1e-5
@@ -158,26 +159,40 @@ class InferenceEngine:
         Returns:
             ``[n, hidden]``: last hidden state of each query row.
         """
-        lengths, device = [len(s) for s in sources], self.device
-        layout = (
-            ops.SequenceLayout.causal([n + 1 for n in lengths], device)
-            if causal_source
-            else ops.SequenceLayout.seq2seq(lengths, [1] * len(lengths), device)
-        )
-        ids = torch.tensor([token for s in sources for token in (*s, query_id)], dtype=torch.int32).to(device)
-        positions = torch.cat([torch.arange(n + 1, dtype=torch.int32) for n in lengths]).to(device)
-        types = torch.full_like(ids, self.config.source_type_id)
-        query_rows = layout.cu_seqlens[1:].long() - 1
-        types[query_rows] = self.config.target_type_id
-        counts = torch.tensor(lengths, dtype=torch.int32).to(device)
-        x = self._encoder.embed(ids, positions, types)
+        numbers = self.pack(sources, query_id, causal_source=causal_source)
+        tokens, longest = sum(map(len, sources)) + len(sources), max(map(len, sources), default=0) + 1
+        batch = SourceBatch(numbers.to(self.device), len(sources), tokens, longest, idle=False)
+        return self.prefill_packed(batch, slots, cache, keep_query=keep_query)
+
+    def pack(
+        self,
+        sources: Sequence[Sequence[int]],
+        query_id: int,
+        *,
+        causal_source: bool = False,
+        tokens: int | None = None,
+    ) -> torch.Tensor:
+        """The numbers of a :class:`SourceBatch` for :meth:`prefill_packed`, on the CPU.
+
+        Args:
+            sources, query_id, causal_source: as for :meth:`prefill`.
+            tokens: if given, an idle sequence, which may be empty, makes up for what is missing.
+        """
+        types = (self.config.source_type_id, self.config.target_type_id)
+        return pack(sources, query_id, types=types, causal=causal_source, tokens=tokens)
+
+    def prefill_packed(
+        self, batch: SourceBatch, slots: torch.Tensor, cache: DecodeCache, *, keep_query: bool
+    ) -> torch.Tensor:
+        """:meth:`prefill` of sources that lie on the device. It does not wait for it, and can be captured."""
+        layout, query_rows = batch.layout, batch.query_rows()
+        kept_rows = query_rows if keep_query else None
+        x = self._encoder.embed(batch.ids, batch.positions, batch.types)
         for index, layer in enumerate(self._encoder.layers):
-            x, k, v = self._encoder.run_layer(layer, x, positions, layout)
-            self._store(index, k, v, layout, counts, slots, cache, query_rows if keep_query else None)
+            x, k, v = self._encoder.run_layer(layer, x, batch.positions, layout)
+            self._store(index, k, v, batch, slots, cache, kept_rows)
         k, v = self._last.keys_values(x)
-        self._store(
-            self.config.num_hidden_layers - 1, k, v, layout, counts, slots, cache, query_rows if keep_query else None
-        )
+        self._store(self.config.num_hidden_layers - 1, k, v, batch, slots, cache, kept_rows)
         return self._last_query(x[query_rows], k[query_rows], v[query_rows], slots, cache)
 
     def _store(
@@ -185,14 +200,14 @@ class InferenceEngine:
         layer: int,
         k: torch.Tensor,
         v: torch.Tensor,
-        layout: ops.SequenceLayout,
-        counts: torch.Tensor,
+        batch: SourceBatch,
         slots: torch.Tensor,
         cache: DecodeCache,
         query_rows: torch.Tensor | None,
     ) -> None:
         source_k, source_v = cache.source_k[layer], cache.source_v[layer]
-        ops.store_source(k, v, layout.cu_seqlens, counts, slots, source_k, source_v, cache.source_lengths)
+        starts = batch.layout.cu_seqlens[: batch.counts.numel() + 1]
+        ops.store_source(k, v, starts, batch.counts, slots, source_k, source_v, cache.source_lengths)
         if query_rows is not None:
             cache.history_k[layer, slots.long(), 0, 0] = k[query_rows].to(cache.history_k.dtype)
             cache.history_v[layer, slots.long(), 0, 0] = v[query_rows].to(cache.history_v.dtype)
