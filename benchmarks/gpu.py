@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from gpu_case import Case, Goal, System
 
-CASES = ("attention", "relation_kl", "decode_attention", "vocabulary", "bookkeeping", "decoding", "training")
+CASES = ("attention", "relation_kl", "decode_attention", "step", "vocabulary", "bookkeeping", "decoding", "training")
 # Of a result against fp64: the norm of the difference over the norm.
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 WARM_UP = 2

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from gpu_case import CHECKED, OURS, Case, Goal, Size, System, differentiated
 from gpu_decoding import bookkeeping, decode_attention, decoding, vocabulary
+from gpu_step import step_layers
 from gpu_training import training
 
 import minilm_fast
@@ -250,6 +251,7 @@ CASES: dict[str, Callable[[Size], Iterator[Case]]] = {
     "attention": attention,
     "relation_kl": relation_kl,
     "decode_attention": decode_attention,
+    "step": step_layers,
     "vocabulary": vocabulary,
     "bookkeeping": bookkeeping,
     "decoding": decoding,

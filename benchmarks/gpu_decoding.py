@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cousin import create
-from gpu_case import CHECKED, OURS, Case, Goal, Size, System
+from gpu_case import CHECKED, OURS, Case, Goal, Size, System, replayed
 from gpu_original import OriginalDecoder, Search
 from shapes import DecodeWorkload
 from work import masked_query_decoder
@@ -42,9 +42,13 @@ def decode_attention(size: Size) -> Iterator[Case]:
         yield Case(
             f"decode_attention, {layers} layers, batch {batch}",
             {
-                OURS: System(lambda calls=calls: lambda: [ops.decode_attention(*call) for call in calls][:1]),
+                OURS: System(
+                    lambda calls=calls: replayed(
+                        lambda: [ops.decode_attention(*call) for call in calls][:1], size.device
+                    )
+                ),
                 "SDPA, history gathered before": System(
-                    lambda sdpa=sdpa: sdpa,
+                    lambda sdpa=sdpa: replayed(sdpa, size.device),
                     lambda outs, shape=exact.shape: [outs[0].transpose(2, 3).reshape(shape)],
                 ),
             },

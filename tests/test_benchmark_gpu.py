@@ -26,6 +26,8 @@ EVERYTHING = {
     "relation_kl, three relations": ("eager, vectorised", "torch.compile", "a loop over samples"),
     "decode_attention, 2 layers, batch 2": ("SDPA, history gathered before",),
     "decode_attention, 2 layers, batch 1": ("SDPA, history gathered before",),
+    "layers of a step, 8 rows": ("cuBLAS and Triton",),
+    "layers of a step, 4 rows": ("cuBLAS and Triton",),
     "lm_head_topk": ("product, log-softmax, top-k",),
     "advance_beams": ("one PyTorch operator after the other",),
     "decoding, batch 2": (_ORIGINAL, "Hugging Face, static cache", "Hugging Face, growing cache"),
