@@ -21,7 +21,7 @@ WARM_UP = 2
 # captured: a capture takes as long as hundreds of steps.
 PATIENCE = 256
 # The same of prefills, each of which takes as long to start as tens of steps.
-PREFILL_PATIENCE = 4
+PREFILL_PATIENCE = 2
 # Prefills of more tokens keep a GPU busy while their kernels are started one by one.
 MOST_PREFILL_TOKENS = 2048
 # Captured prefills are filled up to a multiple of this.
