@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,25 @@ def operators() -> Any:
 
 
 @contextmanager
-def running_backwards() -> Iterator[None]:
-    """Threads and blocks run from the last to the first in the block."""
+def schedule(*, backwards: bool = False, far: bool = False, early: bool = False) -> Iterator[None]:
+    """What a GPU leaves open, otherwise than by default, so that races change results.
+
+    Args:
+        backwards: threads and blocks run from the last to the first in the block.
+        far: a warp runs to where it waits for another before the next one does anything.
+        early: asynchronous copies are carried out where they start, not where they are waited for.
+    """
     library = load()[1]
-    library.emulation_set_backwards(True)
+    library.emulation_set_schedule(backwards, far, early)
     try:
         yield
     finally:
-        library.emulation_set_backwards(False)
+        library.emulation_set_schedule(False, False, False)
+
+
+def running_backwards() -> AbstractContextManager[None]:
+    """Everything otherwise than by default."""
+    return schedule(backwards=True, far=True, early=True)
 
 
 @contextmanager

@@ -48,6 +48,13 @@ struct Fibre {
   std::vector<std::vector<Copy>> copies;
 };
 
+// What a GPU leaves open, and a right kernel does not depend on.
+struct Schedule {
+  bool backwards = false;  // threads of a block, and blocks, from the last to the first
+  bool far = false;        // a warp runs as far as it can before the next one does, not all to their next exchange
+  bool early = false;      // asynchronous copies are carried out where they start, not where they are waited for
+};
+
 struct Block {
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
@@ -63,7 +70,7 @@ Fibre* current = nullptr;
 jmp_buf scheduler;
 ucontext_t outer;
 std::string failure;
-bool backwards = false;
+Schedule schedule;
 
 unsigned char* aligned_shared() {
   const auto address = reinterpret_cast<uintptr_t>(block.shared.data());
@@ -119,7 +126,8 @@ void run_block() {
   while (done < count) {
     bool moved = false;
     for (int i = 0; i < count; ++i) {
-      Fibre& fibre = block.fibres[backwards ? count - 1 - i : i];
+      if (schedule.far && moved && i % kLanes == 0) break;
+      Fibre& fibre = block.fibres[schedule.backwards ? count - 1 - i : i];
       if (!ready(fibre)) continue;
       moved = true;
       resume(fibre);
@@ -131,6 +139,13 @@ void run_block() {
   const unsigned char* guard = aligned_shared() + block.shared_bytes;
   if (std::any_of(guard, guard + kGuard, [](unsigned char byte) { return byte != 0xff; }))
     throw std::runtime_error("a block wrote behind its shared memory");
+}
+
+void carry_out(const Copy& copy) {
+  if (copy.valid)
+    std::memcpy(copy.shared, copy.global, copy.bytes);
+  else
+    std::memset(copy.shared, 0, copy.bytes);
 }
 
 }  // namespace
@@ -172,7 +187,11 @@ void copy_async(void* shared, const void* global, int bytes, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % bytes != 0) report("an asynchronous copy goes to an unaligned address");
   if (valid && reinterpret_cast<uintptr_t>(global) % bytes != 0)
     report("an asynchronous copy is from an unaligned one");
-  current->copies.back().push_back({shared, global, bytes, valid});
+  const Copy copy{shared, global, bytes, valid};
+  if (schedule.early)
+    carry_out(copy);
+  else
+    current->copies.back().push_back(copy);
 }
 
 void commit_copies() { current->copies.emplace_back(); }
@@ -182,12 +201,7 @@ void wait_copies(int pending) {
   const size_t closed = groups.size() - 1;
   const size_t finished = closed > static_cast<size_t>(pending) ? closed - pending : 0;
   for (size_t i = 0; i < finished; ++i)
-    for (const Copy& copy : groups[i]) {
-      if (copy.valid)
-        std::memcpy(copy.shared, copy.global, copy.bytes);
-      else
-        std::memset(copy.shared, 0, copy.bytes);
-    }
+    for (const Copy& copy : groups[i]) carry_out(copy);
   groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(finished));
 }
 
@@ -221,7 +235,7 @@ void run_grid(size_t shared_bytes) {
   block.shared.resize(shared_bytes + kAlignment + kGuard);
   const long count = static_cast<long>(gridDim.x) * gridDim.y * gridDim.z;
   for (long i = 0; i < count; ++i) {
-    const unsigned at = static_cast<unsigned>(backwards ? count - 1 - i : i);
+    const unsigned at = static_cast<unsigned>(schedule.backwards ? count - 1 - i : i);
     blockIdx = dim3(at % gridDim.x, at / gridDim.x % gridDim.y, at / gridDim.x / gridDim.y);
     run_block();
   }
@@ -245,7 +259,6 @@ cudaError_t emulated_launch(const cudaLaunchConfig_t& config, const std::functio
   return cudaSuccess;
 }
 
-// In which order the threads of a block and the blocks run.
-extern "C" __attribute__((visibility("default"))) void emulation_set_backwards(bool backwards) {
-  emulation::backwards = backwards;
+extern "C" __attribute__((visibility("default"))) void emulation_set_schedule(bool backwards, bool far, bool early) {
+  emulation::schedule = {backwards, far, early};
 }
