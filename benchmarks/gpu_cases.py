@@ -229,6 +229,9 @@ def relation_kl(size: Size) -> Iterator[Case]:
     systems = {
         name: System(lambda make=make: differentiated(make(), students), compared) for name, make in makes.items()
     }
+    if _dispatch.unusable("cuda", "relation_kl", size.device, True) is None:
+        run = differentiated(ours, students)
+        systems[f"{OURS}, CUDA C++"] = System(lambda: lambda: _on("cuda", run), compared)
     for name, share in _shares("relation_kl", size):
         systems[name] = System(lambda share=share: with_share(share, differentiated(ours, students)), compared)
     yield Case(

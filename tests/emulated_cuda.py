@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
 OPERATORS = (
     *("attention", "attention_backward", "projected_attention", "projected_attention_backward"),
+    *("relation_kl", "relation_kl_backward"),
     *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "advance_beams"),
     *("step_linear", "step_norm", "step_embedding"),
 )

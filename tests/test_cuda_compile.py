@@ -21,6 +21,8 @@ KERNELS = {
     "attention_forward_kernel": 24,
     "attention_row_gradients_kernel": 24,
     "attention_column_gradients_kernel": 24,
+    "relation_kl_forward_kernel": 10,
+    "relation_kl_backward_kernel": 10,
     "decode_attention_kernel": 9,
     "store_source_kernel": 2,
     "lm_head_kernel": 6,
@@ -37,6 +39,8 @@ BLOCKS = {
     "attention_forward_kernel": (128, 2),
     "attention_row_gradients_kernel": (128, 2),
     "attention_column_gradients_kernel": (128, 2),
+    "relation_kl_forward_kernel": (128, 2),
+    "relation_kl_backward_kernel": (128, 2),
     "decode_attention_kernel": (128, 2),
     "store_source_kernel": (256, 4),
     "lm_head_kernel": (128, 3),
@@ -124,6 +128,8 @@ def test_several_blocks_fit_on_a_multiprocessor(usages: list[Usage]) -> None:
             blocks = 4
         elif usage.kernel in ROWS_OF_ATTENTION and re.search(r"Li32ELb[01]ELb0", usage.instance):
             blocks = 3
+        elif usage.kernel.startswith("relation_kl") and not usage.instance.endswith(("Li64ELi64", "Li128ELi128")):
+            blocks = 4 if usage.instance.endswith("Li16ELi16") else 3
         assert -(-usage.registers // 8) * 8 * threads * blocks <= 65536, usage
 
 

@@ -8,6 +8,7 @@ import attention_cases
 import beam_cases
 import decode_steps
 import pytest
+import relation_cases
 import step_cases
 import test_compile
 import torch
@@ -82,6 +83,60 @@ def test_attention_head_sizes(size: int, dtype: torch.dtype, bias: int | None) -
     few = layout.with_queries([96, 1, 30])
     _attention(attention_cases.batch(few, size, dtype, bias=bias, device="cuda"))
     _attention(attention_cases.batch(few, size, dtype, bias=bias, dropout=0.1, device="cuda"))
+
+
+def _relation(case: relation_cases.Relation) -> None:
+    """Through autograd."""
+
+    def run() -> tuple[torch.Tensor, ...]:
+        sa, sb = case.operands[2:]
+        a = sa.detach().requires_grad_()
+        b = a if sb is sa else sb.detach().requires_grad_()
+        with backend("cuda"):
+            loss, *lse = torch.ops.minilm_fast.relation_kl(*case.with_student(a, b))
+            upstream = torch.tensor(relation_cases.UPSTREAM, device="cuda")
+            gradients = torch.autograd.grad(loss, [a] if b is a else [a, b], upstream)
+        return loss.detach(), *lse, *gradients
+
+    found = run()
+    assert all(map(torch.equal, run(), found))
+    case.check(found)
+
+
+@pytest.mark.parametrize("kind", relation_cases.KINDS)
+@pytest.mark.parametrize("counts", relation_cases.COUNTS.values(), ids=relation_cases.COUNTS.keys())
+def test_relation_kl_masks(counts: tuple[list[int], ...], kind: str) -> None:
+    layout = ops.SequenceLayout.from_counts(*counts)
+    _relation(relation_cases.relation(layout, (64, 32), torch.bfloat16, kind, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", relation_cases.DTYPES)
+@pytest.mark.parametrize("sizes", [(16, 8), (32, 32), (64, 32), (64, 64), (128, 48)])
+def test_relation_kl_small(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    layout = ops.SequenceLayout.bidirectional([70, 0, 150])
+    for kind in relation_cases.KINDS:
+        _relation(relation_cases.relation(layout, sizes, dtype, kind, device="cuda"))
+
+
+def test_relation_kl_through_the_function() -> None:
+    """Chosen by its backend, the same bits as the operator's."""
+    layout = ops.SequenceLayout.bidirectional([512, 40])
+    case = relation_cases.relation(layout, (64, 32), torch.bfloat16, "symmetric", device="cuda")
+    teacher, student = case.operands[0], case.operands[2]
+    with backend("cuda"):
+        loss = ops.relation_kl(teacher, teacher, student, student, case.layout)
+    assert torch.equal(loss, torch.ops.minilm_fast.relation_kl(*case.arguments())[0])
+
+
+@pytest.mark.parametrize("kind", relation_cases.KINDS)
+def test_operators_of_relation_kl(kind: str) -> None:
+    case = relation_cases.relation(
+        ops.SequenceLayout.pseudo_masked([5, 2], [3, 1]), (16, 8), torch.float16, kind, device="cuda"
+    )
+    arguments = case.arguments()
+    _, *lse = torch.ops.minilm_fast.relation_kl(*arguments)
+    grad = torch.tensor(2.0, device="cuda")
+    check_calls([("relation_kl", arguments), ("relation_kl_backward", [grad, *arguments[:4], *lse, *arguments[4:]])])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,13 +13,17 @@ struct Sequence {
   int shift;          // what makes a row of q out of a row of the sequence
   int first_row;      // that asks
 
-  __device__ Sequence(const Attention& p, int index) {
-    first = p.cu_seqlens[index];
-    length = p.cu_seqlens[index + 1] - first;
-    source = p.segments[3 * index];
-    end = source + p.segments[3 * index + 1];
+  // All rows ask.
+  __device__ Sequence(const int32_t* cu_seqlens, const int32_t* segments, int index) {
+    first = cu_seqlens[index];
+    length = cu_seqlens[index + 1] - first;
+    source = segments[3 * index];
+    end = source + segments[3 * index + 1];
     shift = first;
     first_row = 0;
+  }
+
+  __device__ Sequence(const Attention& p, int index) : Sequence(p.cu_seqlens, p.segments, index) {
     if (p.cu_queries == nullptr) return;
     shift = p.cu_queries[index + 1] - length;
     first_row = length - (p.cu_queries[index + 1] - p.cu_queries[index]);

@@ -74,15 +74,15 @@ struct CopiedChunk {
 };
 
 // Starts to copy kCount rows of a matrix from `first` on, of which `count` are there, to shared memory; the others
-// become zeros.
+// become zeros, and so does what is beyond the first `size` columns.
 template <typename T, int kSize, int kCount>
-__device__ void stage_rows(const HeadRows<T>& matrix, int first, int count, unsigned char* shared) {
+__device__ void stage_rows(const HeadRows<T>& matrix, int first, int count, unsigned char* shared, int size = kSize) {
   const CopiedChunk<kSize> chunk;
   static_assert(kCount % CopiedChunk<kSize>::kApart == 0, "whole rounds of all threads");
   const T* from = chunk.of(matrix, first);
 #pragma unroll
   for (int i = 0; i < kCount; i += chunk.kApart) {
-    copy_async(shared + chunk.place + i * kSize * 2, from, chunk.row + i < count);
+    copy_async(shared + chunk.place + i * kSize * 2, from, chunk.row + i < count && chunk.column < size);
     from += chunk.kApart * matrix.stride;
   }
 }
@@ -104,14 +104,15 @@ __device__ void stage_tile(const HeadRows<T>& one, const HeadRows<T>& other, int
   }
 }
 
-// From shared memory to the result, whose row 0 of the sequence `out` points at.
+// The first `size` columns from shared memory to the result, whose row 0 of the sequence `out` points at.
 template <typename T, int kSize, int kCount>
-__device__ void store_rows(const unsigned char* shared, T* out, int64_t stride, int first_row, int length) {
+__device__ void store_rows(const unsigned char* shared, T* out, int64_t stride, int first_row, int length,
+                           int size = kSize) {
   constexpr int kRowBytes = kSize * 2, kChunks = kRowBytes / 16;
 #pragma unroll
   for (int i = static_cast<int>(threadIdx.x) % kLanes; i < kCount * kChunks; i += kLanes) {
     const int row = i / kChunks, chunk = i % kChunks;
-    if (first_row + row >= length) continue;
+    if (first_row + row >= length || chunk * 8 >= size) continue;
     const auto* from = reinterpret_cast<const uint4*>(shared + chunk_offset<kRowBytes>(row, chunk));
     *reinterpret_cast<uint4*>(out + (first_row + row) * stride + chunk * 8) = *from;
   }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from minilm_fast.ops._compile import constant
 
-DIFFERENTIABLE = {"attention", "projected_attention"}
+DIFFERENTIABLE = {"attention", "projected_attention", "relation_kl"}
 """The operators with C++ kernels of the backward pass too."""
 KERNELS = {
     *DIFFERENTIABLE,
@@ -74,6 +74,16 @@ def refuse_attention(q: torch.Tensor) -> dict[str, str | None]:
     if q.shape[-1] not in HEAD_SIZES:
         return {"cuda": f"the head size {q.shape[-1]} is none of 32, 64 and 128"}
     return {"cuda": None}
+
+
+def refuse_relation(teacher: torch.Tensor, student: torch.Tensor) -> dict[str, str | None]:
+    """Why the CUDA kernels cannot compute the loss of a relation."""
+    if teacher.dtype != student.dtype or student.dtype not in (torch.float16, torch.bfloat16):
+        return {"cuda": f"the tensors are {teacher.dtype} and {student.dtype}, not both fp16 or bf16"}
+    for x in (teacher, student):
+        if not 8 <= x.shape[-1] <= 128 or x.shape[-1] % 8 != 0:
+            return {"cuda": f"the head size {x.shape[-1]} is not a multiple of 8 between 8 and 128"}
+    return {}
 
 
 def refuse_decode(q: torch.Tensor, cache: torch.Tensor) -> dict[str, str | None]:

@@ -21,7 +21,7 @@ from minilm_fast.ops._extension import EXTENSION_ERROR, OUTDATED
 
 PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # On CUDA the Triton kernels of these come first: it has not been measured yet which are faster.
-_TRITON_FIRST = {"attention", "projected_attention"}
+_TRITON_FIRST = {"attention", "projected_attention", "relation_kl"}
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Operators whose C++ kernel has a backward.
 DIFFERENTIABLE = {

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from minilm_fast.ops import _triton, reference
+from minilm_fast.ops import _cuda, _triton, reference
 from minilm_fast.ops._dispatch import forced_backend, select
 from minilm_fast.ops._library import LIBRARY, define, define_triton
 from minilm_fast.ops.layout import SequenceLayout
@@ -161,8 +161,9 @@ def relation_kl(
         student_a, student_b: ``[tokens, heads, student_head_dim]``, one shape. The two head sizes may differ.
             Pass one tensor twice (the same object, on both sides) for a symmetric relation: half of the scores then
             need not be computed.
-            fp32 or bf16, one dtype for each side; with fp64 on either side the reference runs in fp64. The last
-            dimension is contiguous, the others may be strided, so views of a fused projection need no copy.
+            fp32 or bf16 (on a GPU fp16 too), one dtype for each side; with fp64 on either side the reference runs in
+            fp64. The last dimension is contiguous, the others may be strided, so views of a fused projection need no
+            copy.
         layout: lengths and mask of the batch; the mask holds for both sides.
         teacher_scale, student_scale: factors of the scores, ``head_dim ** -0.5`` if None.
         reduction: ``"batch_mean"``: each sequence's mean over heads and rows, averaged over the sequences that are
@@ -182,7 +183,7 @@ def relation_kl(
     tensors = (teacher_a, teacher_b, student_a, student_b)
     in_double = forced_backend() is None and any(x.dtype == torch.float64 for x in tensors)
     # The teacher's requires_grad asks for nothing, so it has no say in the choice.
-    refusals = _triton.refuse_relation(teacher_a, student_a)
+    refusals = _triton.refuse_relation(teacher_a, student_a) | _cuda.refuse_relation(teacher_a, student_a)
     chosen = "reference" if in_double else select("relation_kl", student_a, student_b, refusals=refusals)
     if chosen == "reference":
         return reference.relation_kl(

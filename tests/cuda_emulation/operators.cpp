@@ -3,4 +3,5 @@
 #include "../../csrc/cuda/beam.cpp"
 #include "../../csrc/cuda/decode_attention.cpp"
 #include "../../csrc/cuda/lm_head_topk.cpp"
+#include "../../csrc/cuda/relation_kl.cpp"
 #include "../../csrc/cuda/step_linear.cpp"
