@@ -133,24 +133,6 @@ def test_several_blocks_fit_on_a_multiprocessor(usages: list[Usage]) -> None:
         assert -(-usage.registers // 8) * 8 * threads * blocks <= 65536, usage
 
 
-def test_kernels_that_overlap_wait_first() -> None:
-    """A kernel that starts while the one before it runs reads nothing of it before it has ended, and ends no sooner."""
-    overlapping: set[str] = set()
-    for source in SOURCES:
-        text = source.read_text()
-        bodies = dict(re.findall(r"__global__[^{;]*?\b(\w+_kernel)\([^{;]*\) \{\n\s*(.*)\n", text))
-        launched = set(re.findall(r"\blaunch_overlapping\(\s*(\w+)", text))
-        # A function that launches what it is given stands for all kernels of its file.
-        names = set(bodies) if "kernel" in launched else launched
-        assert names <= set(bodies), source.name
-        assert all(bodies[name] == "begin_overlapped();" for name in names), source.name
-        # Only such a kernel may let the next one begin.
-        assert all(name in names for name, first in bodies.items() if first == "begin_overlapped();"), source.name
-        overlapping |= names
-    step = {"step_linear_kernel", "step_norm_kernel", "step_embedding_kernel", "decode_attention_kernel"}
-    assert overlapping == step | {"lm_head_kernel", "merge_slices_kernel", "ban_ngrams_kernel", "advance_beams_kernel"}
-
-
 def test_operators_compile_against_pytorch() -> None:
     """Without an object: a build of PyTorch without CUDA has its headers (but for one) and not its libraries."""
     if NVCC is None:

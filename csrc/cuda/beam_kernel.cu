@@ -24,7 +24,6 @@ __device__ bool repeats_tail(const int32_t* tokens, int place, int length, int n
 // A warp takes a row. It looks at 32 places at a time; the few that match are taken one after the other, since each
 // token is listed once, in the order in which it first appears.
 __global__ void __launch_bounds__(kBanWarps* kLanes) ban_ngrams_kernel(BanNgrams p) {
-  begin_overlapped();
   const int lane = threadIdx.x % kLanes;
   const int row = static_cast<int>(blockIdx.x) * kBanWarps + static_cast<int>(threadIdx.x) / kLanes;
   if (row >= p.rows) return;
@@ -106,7 +105,6 @@ __device__ void reorder(const AdvanceBeams& p, const BeamShared& shared, int32_t
 
 // A block takes an example. Rows that stand still are left as they are.
 __global__ void __launch_bounds__(kBeamThreads) advance_beams_kernel(AdvanceBeams p) {
-  begin_overlapped();
   const int64_t row = p.row(blockIdx.x);
   if (!p.first() && !p.running[row]) return;
   const BeamShared shared(p, shared_memory());
@@ -139,13 +137,12 @@ __global__ void __launch_bounds__(kBeamThreads) advance_beams_kernel(AdvanceBeam
 cudaError_t launch_ban_repeated_ngrams(const BanNgrams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   const dim3 grid((p.rows + kBanWarps - 1) / kBanWarps);
-  return launch_overlapping(ban_ngrams_kernel, grid, dim3(kBanWarps * kLanes), 0, stream, p);
+  return launch(ban_ngrams_kernel, grid, dim3(kBanWarps * kLanes), 0, stream, p);
 }
 
 cudaError_t launch_advance_beams(const AdvanceBeams& p, cudaStream_t stream) {
   if (p.examples == 0) return cudaSuccess;
-  return launch_overlapping(advance_beams_kernel, dim3(p.examples), dim3(kBeamThreads), BeamShared::bytes(p), stream,
-                            p);
+  return launch(advance_beams_kernel, dim3(p.examples), dim3(kBeamThreads), BeamShared::bytes(p), stream, p);
 }
 
 }  // namespace minilm_fast::cuda

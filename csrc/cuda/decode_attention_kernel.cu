@@ -331,7 +331,6 @@ __device__ void merge(const DecodeAttention& p, const Group& group, Running<T, k
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads) decode_attention_kernel(DecodeAttention p) {
-  begin_overlapped();
   using Shape = TileShape<T, kSize>;
   using Layout = SharedLayout<T, kSize>;
   const int warp = threadIdx.x / kLanes;
@@ -405,8 +404,7 @@ template <typename T, int kSize>
 cudaError_t launch_instance(const DecodeAttention& p, cudaStream_t stream) {
   const int most = kGroupRows / p.rows;
   const dim3 grid(p.heads, (p.beams + most - 1) / most, p.examples);
-  return launch_overlapping(decode_attention_kernel<T, kSize>, grid, dim3(kThreads), SharedLayout<T, kSize>::kBytes,
-                            stream, p);
+  return launch(decode_attention_kernel<T, kSize>, grid, dim3(kThreads), SharedLayout<T, kSize>::kBytes, stream, p);
 }
 
 template <typename T>

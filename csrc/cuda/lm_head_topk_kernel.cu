@@ -63,7 +63,6 @@ __device__ void sum_exponentials(const LmHead& p, int row, int64_t place, int wo
 
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kHeadThreads) lm_head_kernel(LmHead p) {
-  begin_overlapped();
   const int first_row = static_cast<int>(blockIdx.x) * kHeadRows;
   const int slice = blockIdx.y, first_word = slice * kHeadColumns;
   const int words = min(kHeadColumns, p.vocabulary - first_word);
@@ -112,7 +111,6 @@ __device__ bool named_again(const LmHead& p, int row, int j, int id) {
 
 template <int kMost>
 __global__ void __launch_bounds__(kMergeRows* kLanes) merge_slices_kernel(LmHead p, int slices) {
-  begin_overlapped();
   const int lane = threadIdx.x % kLanes;
   const int row = static_cast<int>(blockIdx.x) * kMergeRows + static_cast<int>(threadIdx.x) / kLanes;
   if (row >= p.rows) return;
@@ -147,11 +145,10 @@ template <typename T, int kMost>
 cudaError_t launch_instance(const LmHead& p, cudaStream_t stream) {
   const int slices = head_slices(p.vocabulary);
   const dim3 grid((p.rows + kHeadRows - 1) / kHeadRows, slices);
-  const cudaError_t error =
-      launch_overlapping(lm_head_kernel<T, kMost>, grid, dim3(kHeadThreads), kHeadShared, stream, p);
+  const cudaError_t error = launch(lm_head_kernel<T, kMost>, grid, dim3(kHeadThreads), kHeadShared, stream, p);
   if (error != cudaSuccess) return error;
   const dim3 rows((p.rows + kMergeRows - 1) / kMergeRows);
-  return launch_overlapping(merge_slices_kernel<kMost>, rows, dim3(kMergeRows * kLanes), 0, stream, p, slices);
+  return launch(merge_slices_kernel<kMost>, rows, dim3(kMergeRows * kLanes), 0, stream, p, slices);
 }
 
 template <typename T>

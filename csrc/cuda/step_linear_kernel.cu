@@ -33,7 +33,6 @@ __device__ void finish(const StepLinear& p, int64_t row, int column, float4 sum)
 
 template <typename T, typename Shape, bool kNorm>
 __global__ void __launch_bounds__(Shape::kThreads) step_linear_kernel(StepLinear p) {
-  begin_overlapped();
   const int first_row = static_cast<int>(blockIdx.y) * Shape::kRows;
   const int first_column = static_cast<int>(blockIdx.x) * Shape::kColumns;
   const float* parts = multiply_step_tile<T, Shape, kNorm>(p, first_row, first_column);
@@ -78,8 +77,8 @@ template <typename T, typename Shape, bool kNorm>
 cudaError_t launch_tile(const StepLinear& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_divide(p.outputs, Shape::kColumns)),
                   static_cast<unsigned>(ceil_divide(p.rows, Shape::kRows)));
-  return launch_overlapping(step_linear_kernel<T, Shape, kNorm>, grid, dim3(Shape::kThreads),
-                            Shape::shared_bytes(kNorm, step_slabs(p.features)), stream, p);
+  return launch(step_linear_kernel<T, Shape, kNorm>, grid, dim3(Shape::kThreads),
+                Shape::shared_bytes(kNorm, step_slabs(p.features)), stream, p);
 }
 
 template <typename T, bool kNorm>

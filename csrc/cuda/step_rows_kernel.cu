@@ -17,7 +17,6 @@ __device__ int row_of_warp() {
 
 template <typename T>
 __global__ void __launch_bounds__(kRowWarps* kLanes) step_norm_kernel(StepNorm p) {
-  begin_overlapped();
   const int row = row_of_warp();
   if (row >= p.rows) return;
   Row x;
@@ -28,7 +27,6 @@ __global__ void __launch_bounds__(kRowWarps* kLanes) step_norm_kernel(StepNorm p
 
 template <typename T>
 __global__ void __launch_bounds__(kRowWarps* kLanes) step_embedding_kernel(StepEmbedding p) {
-  begin_overlapped();
   const int row = row_of_warp();
   if (row >= p.examples * p.beams * p.rows) return;
   const int hypothesis = row / p.rows, example = hypothesis / p.beams, kind = row % p.rows;
@@ -47,7 +45,7 @@ __global__ void __launch_bounds__(kRowWarps* kLanes) step_embedding_kernel(StepE
 
 template <typename Problem>
 cudaError_t launch_rows(void (*kernel)(Problem), const Problem& p, int rows, cudaStream_t stream) {
-  return launch_overlapping(kernel, dim3((rows + kRowWarps - 1) / kRowWarps), dim3(kRowWarps * kLanes), 0, stream, p);
+  return launch(kernel, dim3((rows + kRowWarps - 1) / kRowWarps), dim3(kRowWarps * kLanes), 0, stream, p);
 }
 
 }  // namespace

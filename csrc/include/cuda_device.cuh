@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 // What the kernels need of the device: conversions, the instructions without a C++ form, and the launch. The tests
@@ -221,65 +220,19 @@ __device__ inline const unsigned char* matrix_row(const unsigned char* tile, int
   return tile + chunk_offset<kRowBytes>(row + lower * 8 + lane % 8, column / 8 + right);
 }
 
-// The first statement of a kernel that launch_overlapping starts. Waits until all that came before is written, and lets
-// the next kernel take its place on the device and wait there in turn. Every thread must come here, so that a kernel
-// never ends before the one before it.
-__device__ inline void begin_overlapped() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
-}
-
-inline cudaLaunchConfig_t launch_config(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  // Beyond 48 KiB a kernel must be told.
+  const cudaError_t allowed = cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (allowed != cudaSuccess) return allowed;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  return config;
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_configured(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...),
-                              Arguments&&... arguments) {
-  // Beyond 48 KiB a kernel must be told.
-  const cudaError_t allowed =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(config.dynamicSmemBytes));
-  if (allowed != cudaSuccess) return allowed;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...);
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                   Arguments&&... arguments) {
-  return launch_configured(launch_config(grid, block, shared, stream), kernel, static_cast<Arguments&&>(arguments)...);
-}
-
-#ifndef MINILM_FAST_EMULATE_CUDA
-// From compute capability 9.0 on, unless MINILM_FAST_OVERLAP=0.
-inline bool can_overlap() {
-  static const char* const wish = std::getenv("MINILM_FAST_OVERLAP");
-  int device = 0, major = 0;
-  return (wish == nullptr || std::strcmp(wish, "0") != 0) && cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
-}
-#endif
-
-// Launches a kernel that begins with begin_overlapped: it is made ready while the kernel before it runs.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                               Arguments&&... arguments) {
-  cudaLaunchConfig_t config = launch_config(grid, block, shared, stream);
-#ifndef MINILM_FAST_EMULATE_CUDA
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = can_overlap() ? 1 : 0;
-#endif
-  return launch_configured(config, kernel, static_cast<Arguments&&>(arguments)...);
 }
 
 }  // namespace minilm_fast::cuda
