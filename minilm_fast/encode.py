@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 STANDARD = "-"
-DTYPES = ("fp32", "bf16", "int8")
+DTYPES = ("fp32", "bf16", "fp16", "int8")
 FORMATS = ("auto", "txt", "jsonl")
 # Of a .npy file: the size fits the header for any number of rows, so that it can be written last.
 _HEADER_BYTES = 128
@@ -59,7 +59,13 @@ def build_parser() -> ArgumentParser:
         help="vectors of length 1 (default: what the checkpoint says, else yes)",
     )
     add("--max_seq_length", type=int, help="tokens of a text; longer ones are cut (default: what the checkpoint says)")
-    add("--dtype", choices=DTYPES, default="fp32", help="format of the linear layers' weights (default: fp32)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="fp32",
+        help="format of the linear layers' weights (default: fp32; int8: on a CPU, fp16: on a GPU)",
+    )
+    add("--no_cuda", action="store_true", help="compute on the CPU even where there is a GPU")
     add("--batch_size", type=int, default=64, help="texts computed together; changes no vector (default: 64)")
     add("--threads", type=int, help="that compute (default: all cores)")
     add("--num_proc", type=int, default=1, help="processes that tokenise (default: 1, a thread beside the others)")
@@ -164,6 +170,8 @@ def run(args: argparse.Namespace) -> None:
             key: getattr(args, key)
             for key in ("pooling", "normalize", "max_seq_length", "batch_size", "dtype", "num_proc")
         }
+        if args.no_cuda:
+            options["device"] = "cpu"
         texts = read_texts(stream, label, args.text_key if json_lines else None)
         started = time.monotonic()
         rows = write_matrix(out, model.encode_blocks(texts, **options), model.config.hidden_size)

@@ -174,10 +174,10 @@ class Embedder:
     @torch.no_grad()
     def vectors(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Vectors of texts given as ids: fp32 ``[texts, hidden]``."""
-        batch = TokenBatch.from_sequences(ids)
-        hidden = self._encoder.hidden_states(batch.input_ids, batch.position_ids, batch.layout)
+        batch = TokenBatch.from_sequences(ids).to(self._encoder.device)
+        hidden = self._encoder.hidden_states(batch.input_ids, batch.position_ids, batch.layout).float()
         settings = self._settings
-        return ops.pool_sequences(hidden, batch.layout, settings.pooling, settings.normalize).numpy()
+        return ops.pool_sequences(hidden, batch.layout, settings.pooling, settings.normalize).cpu().numpy()
 
 
 def _batches(texts: Iterable[str], batch_size: int) -> Iterator[list[str]]:

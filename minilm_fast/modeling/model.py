@@ -17,6 +17,7 @@ from minilm_fast.decoding.options import DTYPES, SearchOptions
 from minilm_fast.decoding.result import GenerationResult, Hypothesis
 from minilm_fast.decoding.search import BeamSearch, SpecialIds
 from minilm_fast.errors import UserError
+from minilm_fast.modeling import inference
 from minilm_fast.modeling.embedding import (
     DEFAULT_BATCH_SIZE,
     SETTINGS_FILES,
@@ -49,7 +50,7 @@ class Model:
         self._embedding: Callable[[], EmbeddingSettings] = EmbeddingSettings
         self._headless: UserError | None = None
         self._engines: dict[tuple[str, str | None, str], InferenceEngine] = {}
-        self._encoders: dict[tuple[str, str | None], PackedEncoder] = {}
+        self._encoders: dict[tuple[str, str | None, str], PackedEncoder] = {}
 
     @classmethod
     def from_pretrained(
@@ -134,21 +135,24 @@ class Model:
                 raise self._headless or error from None
         return self._engines[key]
 
-    def encoder(self, dtype: str = "fp32") -> PackedEncoder:
-        """The encoder with packed weights, made at the first call for each dtype.
+    def encoder(self, dtype: str = "fp32", device: str = "cpu") -> PackedEncoder:
+        """The encoder with packed weights, made at the first call for each dtype and device.
 
         Args:
-            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+            dtype: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"``, on a GPU ``"fp16"``.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``.
 
         Raises:
-            UserError: unknown dtype, or a weight is missing.
+            UserError: unknown dtype, no such device, or a weight is missing.
         """
-        key = self._packed_as(dtype)
+        key = (*self._packed_as(dtype, device), device)
         if key not in self._encoders:
-            self._encoders[key] = PackedEncoder(WeightReader(self.config, self.state, dtype))
+            between = inference.activation_dtype(dtype, torch.device(device))
+            reader = WeightReader(self.config, self.state, dtype, device=device, activation_dtype=between)
+            self._encoders[key] = PackedEncoder(reader)
         return self._encoders[key]
 
-    def _packed_as(self, dtype: str, device: str = "cpu") -> tuple[str, str | None]:
+    def _packed_as(self, dtype: str, device: str) -> tuple[str, str | None]:
         if dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if device != "cpu" and not torch.cuda.is_available():
@@ -198,6 +202,7 @@ class Model:
         max_seq_length: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         dtype: str = "fp32",
+        device: str | None = None,
         num_proc: int = 1,
     ) -> Iterator[np.ndarray]:
         """Embeds a stream of texts and yields fp32 ``[at most batch_size, hidden]``, in order.
@@ -207,8 +212,9 @@ class Model:
             pooling: ``"mean"``, ``"cls"`` or ``"max"`` over the tokens of a text, special tokens included.
             normalize: whether each vector is divided by its Euclidean norm.
             max_seq_length: tokens of a text, special tokens included; longer ones are cut.
-            batch_size: texts computed together; changes nothing but the speed.
-            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` weights of the linear layers.
+            batch_size: texts computed together; changes nothing but the speed, on a GPU the last bits.
+            dtype: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"`` or on a GPU ``"fp16"`` weights of the linear layers.
+            device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``; by default the current GPU where there is one.
             num_proc: processes that tokenise; with 1 it is a thread of this process.
 
         The first three are by default what the checkpoint records in the files of sentence-transformers, else the
@@ -223,7 +229,8 @@ class Model:
         given = {"pooling": pooling, "normalize": normalize, "max_seq_length": max_seq_length}
         settings = replace(self._embedding(), **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
         settings = settings.checked(self.config.max_position_embeddings)
-        yield from Embedder(self.encoder(dtype), self.tokenizer, settings).blocks(texts, batch_size, num_proc)
+        encoder = self.encoder(dtype, device or _default_device())
+        yield from Embedder(encoder, self.tokenizer, settings).blocks(texts, batch_size, num_proc)
 
     @overload
     def generate(
@@ -267,9 +274,8 @@ class Model:
         prepared = [PreparedSource(tokenizer, source, search_options) for source in _checked_sources(inputs)]
         self._check_positions(prepared, search_options)
         special = SpecialIds(tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         search = BeamSearch(
-            self.engine(dtype, device),
+            self.engine(dtype, device or _default_device()),
             search_options,
             special,
             ignored_ids(tokenizer, search_options.forbid_ignore_word),
@@ -294,6 +300,10 @@ class Model:
                 f"a source of {longest} tokens and --max_tgt_length {options.max_tgt_length} need {needed} positions, "
                 f"the model has {table}: lower --max_seq_length"
             )
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _embedding_settings(name_or_path: str | Path, folder: Path, cache_dir: str | None) -> EmbeddingSettings:

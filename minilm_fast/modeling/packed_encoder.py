@@ -1,8 +1,8 @@
 """The encoder over weights that were packed once: what decoding, frozen teachers and embeddings run.
 
 Built from a configuration and a state dict with canonical names; independent of the trainable network. Biases and
-norms stay fp32, and so do the activations between operators; ``dtype`` is the format of the linear layers' weights.
-Unless it is fp32, attention is in bf16.
+norms stay fp32, and so do the activations between operators unless another dtype is asked for; ``dtype`` is the
+format of the linear layers' weights. Unless it is fp32, attention is in bf16, with fp16 weights in fp16.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class PackedEncoder:
         layers: how many, by default all.
 
     Attributes:
-        config, dtype: as the reader's.
+        config, dtype, device: as the reader's.
         relative_bias: fp32 ``[heads, 2R + 1]`` or None.
 
     Raises:
@@ -270,6 +270,7 @@ class PackedEncoder:
         config = reader.config
         self.config = config
         self.dtype = reader.dtype
+        self.device = reader.device
         self.heads = config.num_attention_heads
         self._eps = reader.eps
         self.embed = PackedEmbeddings(reader)
@@ -285,7 +286,7 @@ class PackedEncoder:
         return attention_dtype(self.dtype)
 
     def hidden_states(self, ids: Tensor, positions: Tensor, layout: ops.SequenceLayout) -> Tensor:
-        """Outputs of the last layer, fp32 ``[tokens, hidden]``.
+        """Outputs of the last layer, ``[tokens, hidden]`` in the reader's ``activation_dtype``.
 
         Args:
             ids, positions: int32 ``[layout.total]``.
@@ -305,7 +306,7 @@ class PackedEncoder:
         return torch.where(layout.in_source(), config.source_type_id, config.target_type_id).to(torch.int32)
 
     def run_layers(self, x: Tensor, positions: Tensor, layout: ops.SequenceLayout) -> Tensor:
-        """All layers; fp32 ``[tokens, hidden]`` to the same."""
+        """All layers; ``[tokens, hidden]`` to the same."""
         if self._fused is not None:
             at = None if self.relative_bias is None else positions
             return ops.encoder_layers(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from minilm_fast.ops import reference
 from minilm_fast.ops._compile import constant
 
 DIFFERENTIABLE = {"attention", "projected_attention", "relation_kl"}
@@ -19,7 +20,7 @@ KERNELS = {
     *("step_linear", "step_norm", "step_embedding"),
 }
 """The operators with C++ kernels."""
-COMPOSED = {"pack_weight", "linear", "add_layer_norm", "embed_layer_norm"}
+COMPOSED = {"pack_weight", "linear", "add_layer_norm", "embed_layer_norm", "pool_sequences"}
 """The operators put together from others."""
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The formats of a packed weight that there are on CUDA: the weight in that dtype."""
@@ -117,3 +118,14 @@ def add_layer_norm(
     from minilm_fast.ops.norm import dropout_add_layer_norm
 
     return dropout_add_layer_norm(x, residual, weight, bias, eps)
+
+
+def pool_sequences(hidden: torch.Tensor, cu_seqlens: torch.Tensor, pooling: str, normalize: bool) -> torch.Tensor:
+    """:func:`minilm_fast.ops.pool_sequences`, each sum in the order of the tokens."""
+    if pooling == "cls":
+        return reference.pool_sequences(hidden, cu_seqlens, pooling, normalize)
+    lengths = cu_seqlens.long().diff()
+    # Unchecked: the lengths would be copied to the host.
+    out = torch.segment_reduce(hidden, pooling, lengths=lengths, axis=0, unsafe=True)
+    out = out.masked_fill((lengths == 0)[:, None], 0.0)
+    return F.normalize(out, dim=1) if normalize else out

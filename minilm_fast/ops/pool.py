@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from minilm_fast.ops import reference
+from minilm_fast.ops import _cuda, reference
 from minilm_fast.ops._dispatch import select
 from minilm_fast.ops._library import define
 from minilm_fast.ops.layout import SequenceLayout
@@ -49,6 +49,8 @@ def pool_sequences(hidden: torch.Tensor, layout: SequenceLayout, pooling: str, n
         raise ValueError(
             f"pool_sequences: hidden must be fp32 [{layout.total}, channels], got {hidden.dtype} {tuple(hidden.shape)}"
         )
-    if select("pool_sequences", hidden) == "reference":
-        return reference.pool_sequences(hidden, layout.cu_seqlens, pooling, normalize)
+    chosen = select("pool_sequences", hidden)
+    if chosen != "cpu":
+        run = _cuda.pool_sequences if chosen == "cuda" else reference.pool_sequences
+        return run(hidden, layout.cu_seqlens, pooling, normalize)
     return _op(hidden.contiguous(), layout.cu_seqlens, POOLINGS.index(pooling), normalize)

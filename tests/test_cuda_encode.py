@@ -1,0 +1,70 @@
+"""Embeddings on the way of CUDA tensors, emulated on a CPU, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_cuda_decode import emulated  # noqa: F401 (a fixture)
+from test_embedding import LEAST_COSINE, TEXTS, model  # noqa: F401 (a fixture)
+from test_ops_pool import LENGTHS, hidden_of
+
+from minilm_fast import Model, ops
+from minilm_fast.errors import UserError
+from minilm_fast.ops import _cuda, reference
+from minilm_fast.ops.pool import POOLINGS
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: str(lengths[:3]))
+def test_pooling(lengths: list[int], pooling: str, normalize: bool, device: str) -> None:
+    hidden, layout = hidden_of(lengths, 21), ops.SequenceLayout.bidirectional(lengths)
+    out = _cuda.pool_sequences(hidden.to(device), layout.cu_seqlens.to(device), pooling, normalize)
+    exact = reference.pool_sequences(hidden.double(), layout.cu_seqlens, pooling, normalize)
+    assert out.shape == exact.shape
+    torch.testing.assert_close(out.cpu().double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_vectors_by_the_kernels_for_gpus(
+    model: Model,  # noqa: F811
+    pooling: str,
+    dtype: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    expected = model.encode(TEXTS, pooling=pooling)
+    request.getfixturevalue("emulated")
+    # Another model, as the first one's weights are packed for the CPU.
+    other = Model(model.config, model.state, model.tokenizer)
+    found = other.encode(TEXTS, pooling=pooling, dtype=dtype)
+    assert other.encoder(dtype).layers[0].projection.weight.backend == "cuda"
+    assert found.dtype == np.float32
+    assert (found * expected).sum(1).min() > LEAST_COSINE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_vectors_of_a_gpu(model: Model, dtype: str) -> None:  # noqa: F811
+    expected = model.encode(TEXTS, device="cpu")
+    found = model.encode(TEXTS, dtype=dtype, device="cuda")
+    assert found.dtype == np.float32
+    assert (found * expected).sum(1).min() > LEAST_COSINE.get(dtype, LEAST_COSINE["bf16"])
+    assert np.array_equal(found, model.encode(TEXTS, dtype=dtype))
+
+
+def test_dtypes_of_other_devices(model: Model) -> None:  # noqa: F811
+    with pytest.raises(UserError, match="--dtype fp16 is not for a CPU"):
+        model.encode(TEXTS, dtype="fp16", device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device cuda: PyTorch finds no GPU"):
+            model.encode(TEXTS, device="cuda")
