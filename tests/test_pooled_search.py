@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -247,3 +249,25 @@ def test_an_idle_sequence_changes_nothing(engine: InferenceEngine) -> None:
         results.append((hidden, cache.source_k, cache.source_lengths))
     for found in results[1:]:
         assert all(map(torch.equal, found, results[0]))
+
+
+def test_another_gpu_is_the_current_one_only_while_the_search_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        entered.append(chosen)
+        yield
+        entered.pop()
+
+    def results() -> Generator[int, None, None]:
+        for i in range(3):
+            assert entered == [torch.device("cuda:1")]
+            yield i
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    found = []
+    for i in pooled.on_device(torch.device("cuda:1"), results()):
+        assert not entered
+        found.append(i)
+    assert found == [0, 1, 2] and not entered

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from minilm_fast.ops import forced_backend
 
 if TYPE_CHECKING:
     from minilm_fast.decoding.search import BeamSearch
+
+T = TypeVar("T")
 
 # Steps under way whose outcome the host has not looked at.
 IN_FLIGHT = 2
@@ -62,6 +64,23 @@ class _Answers:
         return self._layout.over(host), rows
 
 
+def on_device(device: torch.device, results: Generator[T, None, None]) -> Iterator[T]:
+    """Runs a generator with a device as the current one, for streams and captures, but not what is done between."""
+    if device.type != "cuda":
+        yield from results
+        return
+    try:
+        while True:
+            with torch.cuda.device(device):
+                try:
+                    result = next(results)
+                except StopIteration:
+                    return
+            yield result
+    finally:
+        results.close()
+
+
 class PooledSearch:
     """Runs a search on a pool, which it takes from the engine or makes.
 
@@ -78,10 +97,15 @@ class PooledSearch:
 
     def run(self, sources: Sequence[Sequence[int]], waiting: deque[int]) -> Iterator[tuple[int, Hypothesis]]:
         """Decodes the waiting sources and yields ``(index, winner)`` as they finish."""
+        yield from on_device(self._search.engine.device, self._run(sources, waiting))
+
+    def _run(
+        self, sources: Sequence[Sequence[int]], waiting: deque[int]
+    ) -> Generator[tuple[int, Hypothesis], None, None]:
         kept, key = self._search.engine.kept, self._key()
         try:
             pool = self._take(kept.pop(key, None))
-            yield from self._run(pool, sources, waiting)
+            yield from self._decode(pool, sources, waiting)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 kept.clear()
@@ -110,7 +134,7 @@ class PooledSearch:
         self._search.engine.kept.clear()
         return Pool(self._search, self._slots, self._capacity)
 
-    def _run(
+    def _decode(
         self, pool: Pool, sources: Sequence[Sequence[int]], waiting: deque[int]
     ) -> Iterator[tuple[int, Hypothesis]]:
         options = self._search.options
