@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cousin import create
 from gpu_case import CHECKED, OURS, Case, Goal, Size, System, replayed
 from gpu_original import OriginalDecoder, Search
+from gpu_step import overlapping
 from shapes import DecodeWorkload
 from work import masked_query_decoder
 
@@ -179,6 +180,7 @@ def decoding(size: Size) -> Iterator[Case]:
             f"decoding, batch {batch}",
             {
                 OURS: System(lambda s=sources: _ours(size, config, state, s), _scores),
+                **overlapping(size, lambda s=sources: _ours(size, config, state, s), _scores),
                 "the original's algorithm": System(lambda s=sources: _original(size, config, state, s), _scores),
                 "Hugging Face, static cache": System(lambda s=sources: _generate(size, cousin, s, "static")),
                 "Hugging Face, growing cache": System(lambda s=sources: _generate(size, cousin, s, "dynamic")),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from gpu_case import CHECKED, OURS, Case, Size, System, replayed
 
 from minilm_fast import backend
+from minilm_fast.modeling import few_rows
 from minilm_fast.modeling.few_rows import FewRows
 from minilm_fast.modeling.last_layer import LastLayer
 from minilm_fast.modeling.model import Model
 from minilm_fast.modeling.packed_encoder import PackedEncoder, PackedLayer, PackedLinear, PackedNorm, WeightReader
+from minilm_fast.ops import kernels_can_overlap
 
 
 def step_layers(size: Size) -> Iterator[Case]:
@@ -61,6 +64,7 @@ def step_layers(size: Size) -> Iterator[Case]:
             f"layers of a step, {rows} rows",
             {
                 OURS: System(lambda run=ours: replayed(run, size.device), first),
+                **overlapping(size, lambda run=ours: replayed(run, size.device), first),
                 "cuBLAS and Triton": System(lambda run=apart: replayed(run, size.device), first),
             },
             exact=lambda x=x: [_exact(layers, x[:CHECKED].double())],
@@ -69,6 +73,27 @@ def step_layers(size: Size) -> Iterator[Case]:
             units=4 * count + 1,
             unit="kernels",
         )
+
+
+def overlapping(
+    size: Size, make: Callable[[], Callable[[], Any]], result: Callable[[Any], Sequence[torch.Tensor]]
+) -> dict[str, System]:
+    """The system that ``make`` gives, the kernels of a step overlapping, where the device can."""
+    if not kernels_can_overlap(size.device):
+        return {}
+
+    def overlapped(run: Callable[[], Any]) -> Any:
+        before, few_rows.OVERLAP = few_rows.OVERLAP, True
+        try:
+            return run()
+        finally:
+            few_rows.OVERLAP = before
+
+    def made() -> Callable[[], Any]:
+        run = overlapped(make)
+        return lambda: overlapped(run)
+
+    return {f"{OURS}, kernels overlap": System(made, result)}
 
 
 def _linears(layer: PackedLayer) -> list[PackedLinear]:

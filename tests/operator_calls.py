@@ -108,10 +108,10 @@ def decoding_calls(device: str) -> Iterator[Call]:
 def _step_calls(device: str) -> Iterator[Call]:
     rows, weight = torch.randn(5, 64), torch.randn(40, 64).bfloat16()
     bias, norm, residual = torch.randn(40), list(torch.randn(2, 64)), torch.randn(5, 40).bfloat16()
-    yield "step_linear", [_moved(x, device) for x in (rows, weight, bias, residual, *norm, 1e-5, 1, True)]
-    plain = [rows.bfloat16(), weight, None, None, None, None, 0.0, 0, False]
+    yield "step_linear", [_moved(x, device) for x in (rows, weight, bias, residual, *norm, 1e-5, 1, True, False)]
+    plain = [rows.bfloat16(), weight, None, None, None, None, 0.0, 0, False, False]
     yield "step_linear", [_moved(x, device) for x in plain]
-    yield "step_norm", [_moved(x, device) for x in (rows, *norm, 1e-5, torch.bfloat16)]
+    yield "step_norm", [_moved(x, device) for x in (rows, *norm, 1e-5, torch.bfloat16, False)]
     ids = torch.arange(4, dtype=torch.int32).view(2, 2)
     tables = [*torch.randn(2, 9, 64), torch.randn(2, 64), 1]
     embedding = [ids, 4, ids[0].contiguous(), ids[1].contiguous(), ids.view(-1), *tables, *norm, 1e-5, torch.bfloat16]

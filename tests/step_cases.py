@@ -33,6 +33,7 @@ def linear(
         "eps": EPS if norm else 0.0,
         "activation": int(gelu),
         "wide": wide,
+        "early": False,
     }
 
 

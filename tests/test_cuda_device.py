@@ -224,7 +224,9 @@ def test_step_embedding_and_norm_small(mask: int) -> None:
     out = torch.ops.minilm_fast.step_embedding(*_to_device(case).values())
     step_cases.check_embedding(case, out.cpu())
     x, weight, bias = torch.randn(7, 384), *torch.randn(2, 384)
-    normal = torch.ops.minilm_fast.step_norm(x.cuda(), weight.cuda(), bias.cuda(), step_cases.EPS, torch.bfloat16)
+    normal = torch.ops.minilm_fast.step_norm(
+        x.cuda(), weight.cuda(), bias.cuda(), step_cases.EPS, torch.bfloat16, False
+    )
     step_cases.check_norm(x, weight, bias, normal.cpu())
 
 
@@ -235,6 +237,10 @@ def test_a_step_in_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine._few_rows is not None
     run = after_prefill(engine)
     mine, scores = run(), engine.predict(run(), 3)[0]
+    if ops.kernels_can_overlap(engine.device):
+        monkeypatch.setattr(few_rows, "OVERLAP", True)
+        for _ in range(20):
+            assert torch.equal(run(), mine) and torch.equal(engine.predict(run(), 3)[0], scores)
     monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
     theirs, expected = run(), engine.predict(run(), 3)[0]
     assert (mine - theirs).float().norm() <= 0.02 * theirs.float().norm()

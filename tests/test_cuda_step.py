@@ -60,6 +60,19 @@ def test_many_features() -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("rows", "features", "outputs"), [(1, 8, 8), (10, 1024, 16), (70, 384, 384), (200, 136, 776)])
+def test_an_early_start_changes_nothing(rows: int, features: int, outputs: int, norm: bool) -> None:
+    """The emulation wants every thread to have waited for the kernel before."""
+    arguments = linear(rows, features, outputs, torch.bfloat16, norm=norm, residual=True, gelu=True, wide=True)
+    plain = operators().step_linear(*arguments.values())
+    early = operators().step_linear(*(arguments | {"early": True}).values())
+    assert all(map(torch.equal, plain, early))
+    x, weight, bias = torch.randn(rows, features), *torch.randn(2, features)
+    plain_norm, early_norm = (operators().step_norm(x, weight, bias, EPS, torch.bfloat16, e) for e in (False, True))
+    assert torch.equal(plain_norm, early_norm)
+
+
+@pytest.mark.parametrize("norm", [False, True])
 def test_results_do_not_depend_on_the_other_rows(norm: bool) -> None:
     """Nor on the tile, which the number of rows decides."""
     arguments = linear(200, 264, 264, torch.bfloat16, norm=norm, residual=True, gelu=True, wide=True)
@@ -94,7 +107,7 @@ def test_a_norm_of_rows_far_from_zero() -> None:
     torch.manual_seed(0)
     x = 1000 + torch.randn(5, 384)
     weight, bias = torch.randn(2, 384)
-    out = operators().step_norm(x, weight, bias, EPS, torch.float16)
+    out = operators().step_norm(x, weight, bias, EPS, torch.float16, False)
     exact = reference.step_norm(x.double(), weight, bias, EPS, torch.float64)
     torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
 
@@ -106,7 +119,7 @@ def test_norm_alone(dtype: torch.dtype, rows: int, channels: int) -> None:
     x = torch.randn(rows, 2, channels)[:, 1]
     weight, bias = torch.randn(2, channels)
     with poisoned_results():
-        out = operators().step_norm(x, weight, bias, EPS, dtype)
+        out = operators().step_norm(x, weight, bias, EPS, dtype, False)
     assert out.dtype == dtype
     check_norm(x, weight, bias, out)
 
@@ -212,7 +225,7 @@ def test_bad_arguments_of_the_norm() -> None:
         (torch.zeros(2, 24), HALF, "weight must have the shape"),
     ):
         with pytest.raises(RuntimeError, match=f"step_norm: {message}"):
-            operators().step_norm(x, weight, weight, EPS, dtype)
+            operators().step_norm(x, weight, weight, EPS, dtype, False)
 
 
 def test_in_plain_pytorch() -> None:

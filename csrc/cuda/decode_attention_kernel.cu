@@ -333,6 +333,7 @@ template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads) decode_attention_kernel(DecodeAttention p) {
   using Shape = TileShape<T, kSize>;
   using Layout = SharedLayout<T, kSize>;
+  let_next_start();
   const int warp = threadIdx.x / kLanes;
   Group group;
   group.head = blockIdx.x;

@@ -50,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor> step_linear(const at::Tensor& x, const at::Te
                                                const std::optional<at::Tensor>& residual,
                                                const std::optional<at::Tensor>& norm_weight,
                                                const std::optional<at::Tensor>& norm_bias, double eps,
-                                               int64_t activation, bool wide) {
+                                               int64_t activation, bool wide, bool early) {
   constexpr char kOp[] = "step_linear";
   StepLinear p{};
   check_tensor(kOp, "weight", weight, x, {at::kHalf, at::kBFloat16});
@@ -88,6 +88,7 @@ std::tuple<at::Tensor, at::Tensor> step_linear(const at::Tensor& x, const at::Te
   p.out = out.data_ptr();
   p.out_float = wide;
   p.gelu = activation == 1;
+  p.early = early;
   p.rows = static_cast<int32_t>(rows);
   p.outputs = static_cast<int32_t>(outputs);
   p.features = static_cast<int32_t>(features);
@@ -96,7 +97,7 @@ std::tuple<at::Tensor, at::Tensor> step_linear(const at::Tensor& x, const at::Te
 }
 
 at::Tensor step_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps,
-                     at::ScalarType dtype) {
+                     at::ScalarType dtype, bool early) {
   constexpr char kOp[] = "step_norm";
   StepNorm p{};
   p.dtype = half_dtype(kOp, "dtype", dtype);
@@ -111,6 +112,7 @@ at::Tensor step_norm(const at::Tensor& x, const at::Tensor& weight, const at::Te
   p.x = x.const_data_ptr<float>();
   p.eps = static_cast<float>(eps);
   p.out = out.data_ptr();
+  p.early = early;
   p.rows = static_cast<int32_t>(rows);
   p.channels = static_cast<int32_t>(channels);
   check_launch(kOp, launch_step_norm(p, launching.stream()));

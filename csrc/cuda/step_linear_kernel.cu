@@ -77,7 +77,7 @@ template <typename T, typename Shape, bool kNorm>
 cudaError_t launch_tile(const StepLinear& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_divide(p.outputs, Shape::kColumns)),
                   static_cast<unsigned>(ceil_divide(p.rows, Shape::kRows)));
-  return launch(step_linear_kernel<T, Shape, kNorm>, grid, dim3(Shape::kThreads),
+  return launch(p.early, step_linear_kernel<T, Shape, kNorm>, grid, dim3(Shape::kThreads),
                 Shape::shared_bytes(kNorm, step_slabs(p.features)), stream, p);
 }
 

@@ -17,6 +17,8 @@ __device__ int row_of_warp() {
 
 template <typename T>
 __global__ void __launch_bounds__(kRowWarps* kLanes) step_norm_kernel(StepNorm p) {
+  wait_for_previous();
+  let_next_start();
   const int row = row_of_warp();
   if (row >= p.rows) return;
   Row x;
@@ -27,6 +29,7 @@ __global__ void __launch_bounds__(kRowWarps* kLanes) step_norm_kernel(StepNorm p
 
 template <typename T>
 __global__ void __launch_bounds__(kRowWarps* kLanes) step_embedding_kernel(StepEmbedding p) {
+  let_next_start();
   const int row = row_of_warp();
   if (row >= p.examples * p.beams * p.rows) return;
   const int hypothesis = row / p.rows, example = hypothesis / p.beams, kind = row % p.rows;
@@ -44,22 +47,23 @@ __global__ void __launch_bounds__(kRowWarps* kLanes) step_embedding_kernel(StepE
 }
 
 template <typename Problem>
-cudaError_t launch_rows(void (*kernel)(Problem), const Problem& p, int rows, cudaStream_t stream) {
-  return launch(kernel, dim3((rows + kRowWarps - 1) / kRowWarps), dim3(kRowWarps * kLanes), 0, stream, p);
+cudaError_t launch_rows(bool early, void (*kernel)(Problem), const Problem& p, int rows, cudaStream_t stream) {
+  return launch(early, kernel, dim3((rows + kRowWarps - 1) / kRowWarps), dim3(kRowWarps * kLanes), 0, stream, p);
 }
 
 }  // namespace
 
 cudaError_t launch_step_norm(const StepNorm& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
-  return launch_rows(p.dtype == Dtype::kHalf ? step_norm_kernel<__half> : step_norm_kernel<__nv_bfloat16>, p, p.rows,
-                     stream);
+  return launch_rows(p.early, p.dtype == Dtype::kHalf ? step_norm_kernel<__half> : step_norm_kernel<__nv_bfloat16>, p,
+                     p.rows, stream);
 }
 
 cudaError_t launch_step_embedding(const StepEmbedding& p, cudaStream_t stream) {
   const int rows = p.examples * p.beams * p.rows;
   if (rows == 0) return cudaSuccess;
-  return launch_rows(p.dtype == Dtype::kHalf ? step_embedding_kernel<__half> : step_embedding_kernel<__nv_bfloat16>, p,
+  return launch_rows(false,
+                     p.dtype == Dtype::kHalf ? step_embedding_kernel<__half> : step_embedding_kernel<__nv_bfloat16>, p,
                      rows, stream);
 }
 

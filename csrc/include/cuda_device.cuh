@@ -193,6 +193,20 @@ __device__ inline float largest_or_nan(float a, float b) {
   return y;
 }
 
+// In a kernel that was launched early: waits until the kernels before it have ended and what they wrote can be read.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// From here on the next kernel, if launched early, may take what room there is.
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
 }  // namespace minilm_fast::cuda
 
 #endif
@@ -220,8 +234,9 @@ __device__ inline const unsigned char* matrix_row(const unsigned char* tile, int
   return tile + chunk_offset<kRowBytes>(row + lower * 8 + lane % 8, column / 8 + right);
 }
 
+// With `early` the kernel may start before the one before it has ended, if it was compiled for 9.0 or later.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+cudaError_t launch(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    Arguments&&... arguments) {
   // Beyond 48 KiB a kernel must be told.
   const cudaError_t allowed = cudaFuncSetAttribute(
@@ -232,7 +247,25 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
+  if (early) {
+    // In code for an older architecture, whatever the device, nothing would wait.
+    cudaFuncAttributes compiled = {};
+    const cudaError_t error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) return error;
+    early = compiled.ptxVersion >= 90;
+  }
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  return launch(false, kernel, grid, block, shared, stream, static_cast<Arguments&&>(arguments)...);
 }
 
 }  // namespace minilm_fast::cuda

@@ -26,6 +26,7 @@ struct StepLinear {
   void* normal;  // [rows, features] if there is a norm
   void* out;     // [rows, outputs]
   bool out_float, gelu;
+  bool early;  // may start before the kernel before has ended, which must not write the weight
   int32_t rows, outputs, features;
 };
 
@@ -39,6 +40,7 @@ struct StepNorm {
   const float *weight, *bias;
   float eps;
   void* out;
+  bool early;
   int32_t rows, channels;
 };
 

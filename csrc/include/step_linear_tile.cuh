@@ -123,18 +123,25 @@ __device__ const float* multiply_step_tile(const StepLinear& p, int first_row, i
   unsigned char* rows = shared + Shape::kStages * Shape::kColumnBytes;
   const auto* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(first_column) * p.features;
   const auto* x = static_cast<const T*>(p.x) + first_row * p.x_row;
-  const auto stage = [&](int slab) {
-    if (slab < slabs) {
-      const int place = slab % Shape::kStages;
+  const auto stage_weight = [&](int slab) {
+    if (slab < slabs)
       stage_slab<T, Shape::kColumns, Shape::kThreads>(weight, p.features, p.outputs - first_column, p.features, slab,
-                                                      shared + place * Shape::kColumnBytes);
-      if (!kNorm)
-        stage_slab<T, Shape::kRows, Shape::kThreads>(x, p.x_row, p.rows - first_row, p.features, slab,
-                                                     rows + place * Shape::kRowBytes);
-    }
+                                                      shared + slab % Shape::kStages * Shape::kColumnBytes);
+  };
+  const auto stage_rows = [&](int slab) {
+    if (!kNorm && slab < slabs)
+      stage_slab<T, Shape::kRows, Shape::kThreads>(x, p.x_row, p.rows - first_row, p.features, slab,
+                                                   rows + slab % Shape::kStages * Shape::kRowBytes);
     commit_copies();
   };
-  for (int s = 0; s < Shape::kStages - 1; ++s) stage(s);
+  // What an early kernel may read before the one before has ended is the weight.
+  for (int s = 0; p.early && s < Shape::kStages - 1; ++s) stage_weight(s);
+  wait_for_previous();
+  for (int s = 0; s < Shape::kStages - 1; ++s) {
+    if (!p.early) stage_weight(s);
+    stage_rows(s);
+  }
+  let_next_start();
   if constexpr (kNorm) {
     T* normal = first_column == 0 ? static_cast<T*>(p.normal) : nullptr;
     if (p.features <= 3 * kLaneSpan)
@@ -147,7 +154,8 @@ __device__ const float* multiply_step_tile(const StepLinear& p, int first_row, i
     wait_copies<Shape::kStages - 2>();
     // Also: nobody reads any more what the next copies replace.
     __syncthreads();
-    stage(slab + Shape::kStages - 1);
+    stage_weight(slab + Shape::kStages - 1);
+    stage_rows(slab + Shape::kStages - 1);
     const int place = slab % Shape::kStages;
     product.add(rows + (kNorm ? slab : place) * Shape::kRowBytes, shared + place * Shape::kColumnBytes);
   }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from minilm_fast import ops
@@ -23,8 +24,16 @@ from minilm_fast.modeling.packed_encoder import (
 
 MOST_ROWS = 512
 """With more rows the products are large enough for those of cuBLAS."""
+OVERLAP = False
+"""Kernels start before the one before has ended and fetch their weights meanwhile, where the GPU can (programmatic
+dependent launch). Off until it has been timed."""
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Of a layer's number, queries, keys and values ``[rows, H, D]``."""
+
+
+def overlap(device: torch.device) -> bool:
+    """Whether the kernels of a step may overlap now."""
+    return OVERLAP and ops.kernels_can_overlap(device)
 
 
 def project(
@@ -48,6 +57,7 @@ def project(
         residual=residual,
         activation=fused,
         wide=wide,
+        early=overlap(x.device),
     )
     return (y if rest is None else rest(y)), normal
 
@@ -112,12 +122,12 @@ class FewRows:
             x = _block(layer.block, context.flatten(1), x)
             norm = layer.block.output_norm
         assert norm is not None
-        return ops.step_norm(x, *norm.parts(), dtype)
+        return ops.step_norm(x, *norm.parts(), dtype, overlap(x.device))
 
     def transform(self, hidden: Tensor) -> Tensor:
         """The head's transform of last hidden states."""
         y, _ = project(self._transform, hidden, function=self._function, wide=True)
-        return ops.step_norm(y, *self._transform_norm.parts(), hidden.dtype)
+        return ops.step_norm(y, *self._transform_norm.parts(), hidden.dtype, overlap(y.device))
 
 
 def _block(block: PackedBlock, context: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from minilm_fast.ops.norm import add_layer_norm, bias_gelu, dropout_add_layer_no
 from minilm_fast.ops.padded_attention import padded_attention
 from minilm_fast.ops.pool import pool_sequences
 from minilm_fast.ops.relation_kl import relation_kl
-from minilm_fast.ops.step import step_embedding, step_kernels_take, step_linear, step_norm
+from minilm_fast.ops.step import kernels_can_overlap, step_embedding, step_kernels_take, step_linear, step_norm
 
 __all__ = [
     "BeamRules",
@@ -34,6 +34,7 @@ __all__ = [
     "embed_layer_norm",
     "encoder_layers",
     "forced_backend",
+    "kernels_can_overlap",
     "label_smoothed_cross_entropy",
     "linear",
     "lm_head_topk",

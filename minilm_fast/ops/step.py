@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from minilm_fast.ops import _dispatch, reference
+from minilm_fast.ops._compile import constant
 from minilm_fast.ops._dispatch import forced_backend, select
 from minilm_fast.ops._library import define
 from minilm_fast.ops.linear import ACTIVATIONS, PackedWeight
@@ -32,24 +33,25 @@ def _linear_reference(
     eps: float,
     activation: int,
     wide: bool,
+    early: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return reference.step_linear(x, weight, bias, residual, norm_weight, norm_bias, eps, ACTIVATIONS[activation], wide)
 
 
 _linear_op = define(
     "step_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, "
-    "float eps, int activation, bool wide) -> (Tensor, Tensor)",
+    "float eps, int activation, bool wide, bool early) -> (Tensor, Tensor)",
     reference=_linear_reference,
-    fake=lambda x, weight, bias, residual, norm_weight, norm_bias, eps, activation, wide: (
+    fake=lambda x, weight, bias, residual, norm_weight, norm_bias, eps, activation, wide, early: (
         weight.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32 if wide else weight.dtype),
         weight.new_empty((0 if norm_weight is None else x.shape[0], weight.shape[1])),
     ),
     cpu_kernel=False,
 )
 _norm_op = define(
-    "step_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> Tensor",
-    reference=reference.step_norm,
-    fake=lambda x, weight, bias, eps, dtype: x.new_empty(x.shape, dtype=dtype),
+    "step_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype, bool early) -> Tensor",
+    reference=lambda x, weight, bias, eps, dtype, early: reference.step_norm(x, weight, bias, eps, dtype),
+    fake=lambda x, weight, bias, eps, dtype, early: x.new_empty(x.shape, dtype=dtype),
     cpu_kernel=False,
 )
 _embedding_op = define(
@@ -86,6 +88,12 @@ def step_kernels_take(weight: PackedWeight, *, normalised: bool = True) -> bool:
     )
 
 
+@constant
+def kernels_can_overlap(device: torch.device) -> bool:
+    """Whether kernels on a device may start before the one before has ended: ``early`` below."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def step_linear(
     x: torch.Tensor,
     weight: PackedWeight,
@@ -95,6 +103,7 @@ def step_linear(
     residual: Optional = None,
     activation: str = "none",
     wide: bool = False,
+    early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``activation(n w^T + bias) + residual`` and ``n``, which is ``LayerNorm(x)`` with ``norm`` and else ``x``.
 
@@ -107,6 +116,8 @@ def step_linear(
         residual: ``[rows, out_features]`` of the weight's dtype, or None.
         activation: ``"none"`` or ``"gelu"`` (erf).
         wide: the result is fp32, for a norm to come.
+        early: the kernel may start, and read the weight, before the one before it on the stream has ended, which must
+            not write the weight. For devices on which :func:`kernels_can_overlap`.
 
     Returns:
         ``([rows, out_features], [rows, in_features])`` of the weight's dtype, the first fp32 if ``wide``. On CUDA a
@@ -128,12 +139,17 @@ def step_linear(
     )
     chosen = select("step_linear", x, weight.data, refusals=refusals)
     run = _linear_reference if chosen == "reference" else _linear_op
-    out, normal = run(x, weight.data, bias, residual, w, b, eps, ACTIVATIONS.index(activation), wide)
+    out, normal = run(x, weight.data, bias, residual, w, b, eps, ACTIVATIONS.index(activation), wide, early)
     return out, x if norm is None else normal
 
 
 def step_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    early: bool = False,
 ) -> torch.Tensor:
     """``LayerNorm(x)`` in another dtype.
 
@@ -142,6 +158,7 @@ def step_norm(
         weight, bias: fp32 ``[channels]``.
         eps: added to the variance.
         dtype: of the result; on CUDA bf16 or fp16.
+        early: as for :func:`step_linear`.
 
     Returns:
         ``[rows, channels]``.
@@ -150,8 +167,9 @@ def step_norm(
         RuntimeError: a shape, dtype or stride does not fit; the message names the argument.
     """
     chosen = select("step_norm", x, weight, bias, refusals=_refuse(dtype, normalised=x.shape[-1]))
-    run = reference.step_norm if chosen == "reference" else _norm_op
-    out: torch.Tensor = run(x, weight, bias, eps, dtype)
+    if chosen == "reference":
+        return reference.step_norm(x, weight, bias, eps, dtype)
+    out: torch.Tensor = _norm_op(x, weight, bias, eps, dtype, early)
     return out
 
 

@@ -11,6 +11,7 @@ namespace emulation {
 void copy_async(void* shared, const void* global, int bytes, bool valid);
 void commit_copies();
 void wait_copies(int pending);
+void wait_for_previous();
 
 using Registers = uint32_t[4];
 
@@ -90,6 +91,8 @@ template <int kPending>
 void wait_copies() {
   emulation::wait_copies(kPending);
 }
+inline void wait_for_previous() { emulation::wait_for_previous(); }
+inline void let_next_start() {}
 inline void load_matrices(uint32_t (&out)[4], const void* row) { emulation::load_matrices<false>(out, row); }
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) { emulation::load_matrices<true>(out, row); }
 

@@ -45,6 +45,7 @@ struct Fibre {
   bool started = false, done = false;
   const long* turn = nullptr;  // runs on when this is no longer `waited`
   long waited = 0;
+  bool waited_for_previous = false;
   std::vector<std::vector<Copy>> copies;
 };
 
@@ -63,6 +64,7 @@ struct Block {
   std::vector<unsigned char> shared;
   size_t shared_bytes = 0;
   const std::function<void()>* thread = nullptr;
+  bool early = false;  // launched so that it may start before the kernel before it has ended
 };
 
 Block block;
@@ -120,6 +122,7 @@ void run_block() {
     fibre.thread = i;
     fibre.started = fibre.done = false;
     fibre.turn = nullptr;
+    fibre.waited_for_previous = false;
     fibre.copies.assign(1, {});
   }
   int done = 0;
@@ -133,6 +136,8 @@ void run_block() {
       resume(fibre);
       if (!failure.empty()) throw std::runtime_error(failure);
       done += fibre.done;
+      if (fibre.done && block.early && !fibre.waited_for_previous)
+        throw std::runtime_error("a kernel that was launched early did not wait for the one before");
     }
     if (!moved) throw std::runtime_error("threads wait for others that never come");
   }
@@ -196,6 +201,8 @@ void copy_async(void* shared, const void* global, int bytes, bool valid) {
 
 void commit_copies() { current->copies.emplace_back(); }
 
+void wait_for_previous() { current->waited_for_previous = true; }
+
 void wait_copies(int pending) {
   std::vector<std::vector<Copy>>& groups = current->copies;
   const size_t closed = groups.size() - 1;
@@ -249,6 +256,7 @@ cudaError_t emulated_launch(const cudaLaunchConfig_t& config, const std::functio
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   emulation::block.thread = &thread;
+  emulation::block.early = config.numAttrs > 0;
   emulation::failure.clear();
   try {
     emulation::run_grid(config.dynamicSmemBytes);
