@@ -59,23 +59,33 @@ class Batch:
         return torch.randn(shape, generator=generator).to(dtype).to(self.operands[0].device)
 
     def check_gradients(self, grad_out: torch.Tensor, *found: torch.Tensor) -> None:
-        """Holds the errors against fp64: to twice those of rounding the operands of products and the results."""
+        """Holds the errors against fp64: to twice those of rounding the operands of products and the results.
+
+        ``found`` may have the gradient of the bias at its end.
+        """
         leaves = [x.cpu().double().requires_grad_() for x in self.operands]
+        if self.relative_bias is not None:
+            leaves.append(self.relative_bias.cpu().double().requires_grad_())
         out, lse = self._specified(*leaves)
         grad = grad_out.cpu().double()
         # The specification does not tie what it returns for no rows to its operands.
         exact = torch.autograd.grad(out + 0 * leaves[0], leaves, grad, allow_unused=True)
         allowance = 8 * EPSILON * (1 + lse.abs().max().item() if lse.numel() else 1.0)
-        for ours, rounded, right, leaf in zip(found, self._rounded_gradients(grad, out), exact, leaves, strict=True):
-            assert ours.dtype == self.operands[0].dtype
+        cases = zip(found, self._rounded_gradients(grad), exact, leaves, strict=False)
+        for ours, rounded, right, leaf in cases:
             right = torch.zeros_like(leaf) if right is None else right
             size = right.abs().max().item() if right.numel() else 0.0
             assert_accurate(ours.cpu(), rounded, right, allowance * size)
 
     def _specified(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropped: bool = True
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        dropped: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        bias, positions = self.relative_bias, self.position_ids
+        bias, positions = self.relative_bias if bias is None else bias, self.position_ids
         return reference.attention(
             *(q, k, v, self.layout.to("cpu")),
             scale=self.scale,
@@ -95,7 +105,7 @@ class Batch:
             width = min(size, tokens - start)
             v = torch.zeros_like(k)
             v[start : start + width] = torch.eye(width, size)[:, None]
-            parts.append(self._specified(q, k, v, dropped)[0][..., :width])
+            parts.append(self._specified(q, k, v, dropped=dropped)[0][..., :width])
         return torch.cat(parts, -1)
 
     def _rounded(self) -> torch.Tensor:
@@ -104,17 +114,27 @@ class Batch:
         values = self.operands[2].cpu().double()
         return torch.einsum("qhk,khd->qhd", self._probabilities().to(dtype).double(), values).to(dtype)
 
-    def _rounded_gradients(self, grad: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor]:
+    def _rounded_gradients(self, grad: torch.Tensor) -> list[torch.Tensor]:
         """From probabilities, gradients of scores, and a result of the operands' type."""
         dtype = self.operands[0].dtype
         q, k, v = (x.cpu().double() for x in self.operands)
         p = self._probabilities()
-        level = (grad * out.detach().to(dtype).double()).sum(-1, keepdim=True)
+        level = (grad * self._rounded().double()).sum(-1, keepdim=True)
         ds = p * torch.einsum("qhd,khd->qhk", grad, v) - self._probabilities(False) * level
         ds = ds.to(dtype).double()
         dq = torch.einsum("qhk,khd->qhd", ds, k) * self.scale
         dk = torch.einsum("qhk,qhd->khd", ds, q) * self.scale
-        return [x.to(dtype) for x in (dq, dk, torch.einsum("qhk,qhd->khd", p.to(dtype).double(), grad))]
+        found = [x.to(dtype) for x in (dq, dk, torch.einsum("qhk,qhd->khd", p.to(dtype).double(), grad))]
+        if self.relative_bias is None or self.position_ids is None:
+            return found
+        heads, columns = self.relative_bias.shape
+        positions, rows = self.position_ids.cpu().long(), self.layout.to("cpu").query_index()
+        limit = columns // 2
+        index = (positions - positions[rows][:, None]).clamp(-limit, limit) + limit
+        bias = torch.zeros(heads, columns, dtype=torch.float64)
+        for head in range(heads):
+            bias[head].put_(index, ds[:, head], accumulate=True)
+        return [*found, bias.float()]
 
 
 def batch(

@@ -189,17 +189,17 @@ def test_what_it_cannot_do_has_a_reason(
         ops.attention(q, q, q, SequenceLayout.causal([3]))
 
 
-def test_a_gradient_of_the_bias_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_of_a_far_bias_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "unusable", lambda *_: None)
     monkeypatch.setattr(_triton, "unusable", lambda *_: "there is no triton")
     layout = SequenceLayout.causal([3])
     with FakeTensorMode(allow_non_fake_inputs=True), backend("cuda"):
         q = torch.empty(3, 2, 32, dtype=torch.float16, device="cuda", requires_grad=True)
-        bias = torch.empty(2, 3, device="cuda", requires_grad=True)
+        bias = torch.empty(2, 2051, device="cuda", requires_grad=True)
         options = {"relative_bias": bias, "position_ids": torch.empty(3, dtype=torch.int32, device="cuda")}
         with torch.no_grad():
             ops.attention(q, q, q, layout, **options)
-        with pytest.raises(UserError, match="gradient of the relative bias is Triton's, and there is no triton"):
+        with pytest.raises(UserError, match="beyond the distance 1024 is Triton's, and there is no triton"):
             ops.attention(q, q, q, layout, **options)
 
 

@@ -13,10 +13,14 @@ from minilm_fast.ops import SequenceLayout
 
 
 def _run(case: Batch, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """With the gradient of the bias, if there is one."""
     arguments = case.arguments()
+    wanted = case.relative_bias is not None
     with poisoned_results():
         results = operators().attention(*arguments)
-        return operators().attention_backward(grad, *arguments[:3], *results, *arguments[3:], False)[:3]
+        found = operators().attention_backward(grad, *arguments[:3], *results, *arguments[3:], wanted)
+    assert found[3].numel() == (case.relative_bias.numel() if wanted else 0)
+    return found if wanted else found[:3]
 
 
 def _check(case: Batch) -> None:
@@ -113,14 +117,54 @@ def test_projection_is_the_same() -> None:
                 )
             gradients = together.unbind(1) if queries is None else (own, *together.unbind(1))
             assert all(map(torch.equal, gradients, found)) and bias.numel() == 0
+            wanted = operators().projected_attention_backward(grad, *given, *results, *arguments[3:], True)
+            assert all(map(torch.equal, wanted, (together, own, found[3])))
             assert own.numel() == (0 if queries is None else queries.numel())
     assert all(map(torch.equal, _run(case, expanded), _run(case, expanded.contiguous())))
 
 
+@pytest.mark.parametrize("limit", [0, 1, 60, 1024])
+def test_distances(limit: int) -> None:
+    """Positions in order, as a model has them; with the last limit none is clamped."""
+    case = batch(SequenceLayout.pseudo_masked([90], [20]), 32, torch.float16, bias=limit)
+    case.position_ids = torch.cat([torch.arange(110), torch.arange(90, 110)]).int()
+    _check(case)
+
+
+def test_gradients_of_very_different_sizes() -> None:
+    """Fixed point serves the rows with small ones too, where they have distances of their own."""
+    case = batch(SequenceLayout.bidirectional([64, 64]), 32, torch.float16, bias=400)
+    case.position_ids = torch.cat([torch.arange(64), 3 * torch.arange(64)]).int()
+    grad = case.gradient()
+    grad[:64] *= 2.0**-12
+    case.check_gradients(grad, *_run(case, grad))
+    small, exact = (batch(SequenceLayout.bidirectional([64]), 32, torch.float16, bias=400) for _ in range(2))
+    for part in (small, exact):
+        part.operands, part.relative_bias = [x[:64] for x in case.operands], case.relative_bias
+        part.position_ids = case.position_ids[:64]
+    alone = _run(small, grad[:64])[3]
+    # Distances that are no multiples of 3 are those of the first sequence only.
+    places = torch.arange(801) % 3 != 1
+    assert (alone - _run(case, grad)[3])[:, places].norm() < 1e-4 * alone[:, places].norm()
+
+
+def test_no_numbers_in_the_gradient_of_the_bias() -> None:
+    """It is that of all sequences."""
+    for place in range(4):
+        case = batch(SequenceLayout.bidirectional([20, 40]), 32, torch.float16, bias=3)
+        grad = case.gradient()
+        case.operands = [x.clone() for x in case.operands]
+        (*case.operands, grad)[place][50] = float("inf" if place == 3 else "nan")
+        assert _run(case, grad)[3].isnan().all()
+
+
+@pytest.mark.parametrize("bias", [None, 4])
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
-def test_nothing_to_do(lengths: list[int]) -> None:
-    case = batch(SequenceLayout.bidirectional(lengths), 32, torch.float16)
-    assert [x.shape for x in _run(case, case.gradient())] == [(0, 2, 32)] * 3
+def test_nothing_to_do(lengths: list[int], bias: int | None) -> None:
+    case = batch(SequenceLayout.bidirectional(lengths), 32, torch.float16, bias=bias)
+    *found, last = _run(case, case.gradient())
+    assert all(x.shape == (0, 2, 32) for x in found)
+    assert torch.equal(last, torch.zeros(2, 9)) if bias else last.shape == (0, 2, 32)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +176,11 @@ def test_nothing_to_do(lengths: list[int]) -> None:
         ({"lse": torch.zeros(2, 2)}, "lse must have the shape"),
         ({"lse": torch.zeros(2, 3).half()}, "lse must be"),
         ({"q": torch.zeros(3, 2, 32)}, "q must be"),
-        ({"bias_gradient": True}, "no gradient of relative_bias"),
+        ({"bias_gradient": True}, "there is no relative_bias"),
+        (
+            {"bias_gradient": True, "bias": torch.zeros(2, 2051), "positions": torch.zeros(3, dtype=torch.int32)},
+            "relative_bias up to the distance 1024, got one up to 1025",
+        ),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:

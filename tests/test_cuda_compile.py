@@ -19,7 +19,7 @@ NVCC = shutil.which("nvcc")
 TARGETS = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_90a,code=sm_90a"}
 KERNELS = {
     "attention_forward_kernel": 24,
-    "attention_row_gradients_kernel": 24,
+    "attention_row_gradients_kernel": 36,
     "attention_column_gradients_kernel": 24,
     "relation_kl_forward_kernel": 10,
     "relation_kl_backward_kernel": 10,

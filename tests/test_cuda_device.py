@@ -39,14 +39,16 @@ def _to_device(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attention(case: attention_cases.Batch) -> None:
-    options = {"relative_bias": case.relative_bias, "position_ids": case.position_ids, "scale": case.scale}
+    options = {"position_ids": case.position_ids, "scale": case.scale}
     options |= {"dropout": case.dropout, "seed": attention_cases.SEED}
     grad = case.gradient()
 
     def run() -> list[torch.Tensor]:
-        leaves = [x.detach().requires_grad_() for x in case.operands]
+        inputs = [*case.operands, *([] if case.relative_bias is None else [case.relative_bias])]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        bias = leaves[3] if len(leaves) > 3 else None
         with backend("cuda"):
-            out, lse = ops.attention(*leaves, case.layout, **options)
+            out, lse = ops.attention(*leaves[:3], case.layout, relative_bias=bias, **options)
             return [out.detach(), lse, *torch.autograd.grad(out, leaves, grad)]
 
     ours, again = run(), run()
@@ -70,8 +72,9 @@ def test_attention_small(size: int) -> None:
         arguments, grad = case.arguments(), case.gradient()
         results = torch.ops.minilm_fast.attention(*arguments)
         case.check(*results)
-        found = torch.ops.minilm_fast.attention_backward(grad, *arguments[:3], *results, *arguments[3:], False)
-        case.check_gradients(grad, *found[:3])
+        wanted = bias is not None
+        found = torch.ops.minilm_fast.attention_backward(grad, *arguments[:3], *results, *arguments[3:], wanted)
+        case.check_gradients(grad, *found[: 4 if wanted else 3])
 
 
 @pytest.mark.parametrize("dtype", attention_cases.DTYPES)

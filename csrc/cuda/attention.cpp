@@ -1,5 +1,12 @@
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
+#include <cmath>
 #include <limits>
 #include <tuple>
 
@@ -91,17 +98,39 @@ std::tuple<at::Tensor, at::Tensor> run(const char* op, const Projection& given, 
   return {out, lse};
 }
 
-// Writes the gradients of q, k and v, whose rows are those of new tensors.
-void differentiate(const char* op, const at::Tensor& grad_out, const Projection& given, const at::Tensor& out,
-                   const at::Tensor& lse, const Options& options, bool bias_gradient, const Projection& gradients) {
+// How many fixed-point units of a gradient of a score are 1, a power of two, and the largest norm of a row of v: fp32
+// [2]. No such gradient is larger than twice the largest of factor * |grad_out_i| * |v_j|.
+at::Tensor bias_units(const at::Tensor& grad_out, const at::Tensor& v, float factor) {
+  const auto largest = [](const at::Tensor& x) {
+    return at::linalg_vector_norm(x, 2, at::OptionalIntArrayRef({-1}), false, at::kFloat).amax();
+  };
+  const at::Tensor norm = largest(v), bound = (largest(grad_out) * norm * (2 * factor)).clamp_min(1e-20);
+  return at::stack({(kBiasUnits / bound).log2().floor().exp2(), norm});
+}
+
+// Numbers that are none leave no trace in an integer: those of k and q show in lse, the others in the units.
+at::Tensor bias_gradient_of(const at::Tensor& sums, const at::Tensor& units, const at::Tensor& lse) {
+  const at::Tensor unit = units.select(0, 0);
+  const at::Tensor finite = at::isfinite(lse).all().logical_and(at::isfinite(unit)).logical_and(unit > 0);
+  return at::where(finite, sums.to(at::kDouble) / unit.to(at::kDouble), NAN).to(at::kFloat);
+}
+
+// Writes the gradients of q, k and v, whose rows are those of new tensors; returns that of the bias, which is empty
+// unless wanted.
+at::Tensor differentiate(const char* op, const at::Tensor& grad_out, const Projection& given, const at::Tensor& out,
+                         const at::Tensor& lse, const Options& options, bool bias_gradient,
+                         const Projection& gradients) {
   AttentionGradients p{};
   p.forward = checked(op, given, options);
-  TORCH_CHECK(!bias_gradient, op, ": the CUDA kernel gives no gradient of relative_bias");
   check_tensor(op, "grad_out", grad_out, given.q, {given.q.scalar_type()});
   check_shape(op, "grad_out", grad_out, given.q.sizes());
   check_tensor(op, "out", out, given.q, {given.q.scalar_type()});
   check_shape(op, "out", out, given.q.sizes());
   check_device_floats(op, "lse", lse, given.q, {p.forward.heads, p.forward.queries});
+  TORCH_CHECK(!bias_gradient || options.relative_bias.has_value(), op, ": there is no relative_bias");
+  TORCH_CHECK(!bias_gradient || p.forward.distance_limit <= kMostBiasDistance, op,
+              ": the CUDA kernel gives the gradient of a relative_bias up to the distance ", kMostBiasDistance,
+              ", got one up to ", p.forward.distance_limit);
 
   const Launching launching(given.q);
   const Projection x = placed(given, p.forward);
@@ -121,10 +150,19 @@ void differentiate(const char* op, const at::Tensor& grad_out, const Projection&
   p.dk_token = gradients.k.stride(0);
   p.dv_token = gradients.v.stride(0);
   p.statistics = statistics.data_ptr<float>();
+  at::Tensor units, sums;
+  // Without rows there is no largest norm.
+  const bool summed = bias_gradient && p.forward.queries > 0 && p.forward.heads > 0;
+  if (bias_gradient) sums = at::zeros(options.relative_bias->sizes(), lse.options().dtype(at::kLong));
+  if (summed) {
+    units = bias_units(grad_rows, x.v, p.forward.dropout.scale);
+    p.bias_sums = sums.data_ptr<int64_t>();
+    p.bias_units = units.const_data_ptr<float>();
+  }
   check_launch(op, launch_attention_backward(p, launching.stream()));
+  if (summed) return bias_gradient_of(sums, units, lse);
+  return bias_gradient ? sums.to(at::kFloat) : at::empty({0}, lse.options());
 }
-
-at::Tensor no_bias_gradient(const at::Tensor& x) { return at::empty({0}, x.options().dtype(at::kFloat)); }
 
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const at::Tensor& cu_seqlens, const at::Tensor& segments,
@@ -142,10 +180,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
     double dropout, const OptionalTensor& seed, bool bias_gradient) {
   const Projection gradients = {at::empty(q.sizes(), q.options()), at::empty(k.sizes(), k.options()),
                                 at::empty(v.sizes(), v.options())};
-  differentiate("attention_backward", grad_out, {q, k, v}, out, lse,
-                {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed},
-                bias_gradient, gradients);
-  return {gradients.q, gradients.k, gradients.v, no_bias_gradient(q)};
+  at::Tensor bias =
+      differentiate("attention_backward", grad_out, {q, k, v}, out, lse,
+                    {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed},
+                    bias_gradient, gradients);
+  return {gradients.q, gradients.k, gradients.v, bias};
 }
 
 Projection split(const char* op, const at::Tensor& projection, const OptionalTensor& queries) {
@@ -176,10 +215,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> projected_attention_backward(
   at::Tensor whole = at::empty(projection.sizes(), projection.options());
   OptionalTensor own;
   if (queries.has_value()) own = at::empty(queries->sizes(), queries->options());
-  differentiate(kOp, grad_out, inputs, out, lse,
-                {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed},
-                bias_gradient, split(kOp, whole, own));
-  return {whole, own.has_value() ? *own : at::empty({0}, projection.options()), no_bias_gradient(projection)};
+  at::Tensor bias =
+      differentiate(kOp, grad_out, inputs, out, lse,
+                    {cu_seqlens, segments, cu_queries, max_seqlen, scale, relative_bias, position_ids, dropout, seed},
+                    bias_gradient, split(kOp, whole, own));
+  return {whole, own.has_value() ? *own : at::empty({0}, projection.options()), bias};
 }
 
 }  // namespace

@@ -4,8 +4,9 @@
 
 // Two kernels, each gradient owned by one of them. One takes rows as the forward pass does and gives their gradients of
 // q; it also leaves two numbers a row to the other, which takes columns, visits the rows that see one of them, and
-// gives the gradients of k and v. While a tile is used, the next one is on its way. A warp leaves out the tiles in
-// which it has nothing to do, and applies the mask only where not all rows see all columns.
+// gives the gradients of k and v. The gradient of the bias, where wanted, is the first one's. While a tile is used, the
+// next one is on its way. A warp leaves out the tiles in which it has nothing to do, and applies the mask only where
+// not all rows see all columns.
 namespace minilm_fast::cuda {
 namespace {
 
@@ -20,7 +21,7 @@ struct RowKernel {
   static constexpr int kSharedBytes = 2 * kStageBytes + 2 * kRows * Shape::kRowBytes;
 };
 
-template <typename T, int kSize, bool kBias, bool kDropout>
+template <typename T, int kSize, bool kBias, bool kDropout, bool kBiasGradient>
 __global__ void __launch_bounds__(kAttentionThreads, RowKernel<T, kSize, kBias, kDropout>::kResident)
     attention_row_gradients_kernel(AttentionGradients p) {
   using Kernel = RowKernel<T, kSize, kBias, kDropout>;
@@ -54,7 +55,9 @@ __global__ void __launch_bounds__(kAttentionThreads, RowKernel<T, kSize, kBias, 
     most = sequence.longest(first_row, stop);
     least = sequence.shortest(first_row, stop);
   }
-  RowGradients<T, kSize, kBias, kDropout> rows(p, sequence, head, first_row, queries, gradients);
+  RowGradients<T, kSize, kBias, kDropout, kBiasGradient> rows(p, sequence, head, first_row, queries, gradients);
+  unsigned char* bias_shared = shared + Kernel::kSharedBytes;
+  if (kBiasGradient) rows.begin_bias(p, head, gradients, bias_shared);
   if (stop > sequence.end) rows.see_themselves(queries, gradients, k, v);
 
 #pragma unroll 1
@@ -75,6 +78,11 @@ __global__ void __launch_bounds__(kAttentionThreads, RowKernel<T, kSize, kBias, 
       rows.add_partial(tile, column, most - column);
   }
 
+  if (kBiasGradient) {
+    rows.finish_bias();
+    __syncthreads();
+    add_bias_sums(p, head, bias_shared, kAttentionWarps);
+  }
   if (first_row >= sequence.length) return;
   rows.finish(queries, p.forward.scale);
   __syncwarp();
@@ -165,17 +173,25 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_column_gradien
                                              p.dv_token, first_column, sequence.length);
 }
 
+dim3 grid_of(const AttentionGradients& p, int count) {
+  return dim3((p.forward.max_seqlen + count - 1) / count, p.forward.heads, p.forward.batch);
+}
+
+template <typename T, int kSize, bool kBias, bool kDropout, bool kBiasGradient>
+cudaError_t launch_rows(const AttentionGradients& p, cudaStream_t stream) {
+  using Kernel = RowKernel<T, kSize, kBias, kDropout>;
+  const int more = kBiasGradient ? BiasSums::bytes(p.forward.distance_limit, kAttentionWarps) : 0;
+  return launch(attention_row_gradients_kernel<T, kSize, kBias, kDropout, kBiasGradient>, grid_of(p, Kernel::kRows),
+                dim3(kAttentionThreads), Kernel::kSharedBytes + more, stream, p);
+}
+
 template <typename T, int kSize, bool kBias, bool kDropout>
 cudaError_t launch_instance(const AttentionGradients& p, cudaStream_t stream) {
-  using Rows = RowKernel<T, kSize, kBias, kDropout>;
   using Columns = ColumnKernel<T, kSize, kBias, kDropout>;
-  const auto grid = [&p](int count) {
-    return dim3((p.forward.max_seqlen + count - 1) / count, p.forward.heads, p.forward.batch);
-  };
-  const cudaError_t error = launch(attention_row_gradients_kernel<T, kSize, kBias, kDropout>, grid(Rows::kRows),
-                                   dim3(kAttentionThreads), Rows::kSharedBytes, stream, p);
+  const cudaError_t error = kBias && p.bias_sums != nullptr ? launch_rows<T, kSize, kBias, kDropout, kBias>(p, stream)
+                                                            : launch_rows<T, kSize, kBias, kDropout, false>(p, stream);
   if (error != cudaSuccess) return error;
-  return launch(attention_column_gradients_kernel<T, kSize, kBias, kDropout>, grid(Columns::kColumns),
+  return launch(attention_column_gradients_kernel<T, kSize, kBias, kDropout>, grid_of(p, Columns::kColumns),
                 dim3(kAttentionThreads), Columns::kSharedBytes, stream, p);
 }
 

@@ -39,7 +39,16 @@ struct AttentionGradients {
   void *dq, *dk, *dv;
   int64_t dq_token, dk_token, dv_token;
   float* statistics;  // [2, heads, queries]: room for what the kernel of rows leaves to that of columns
+  // Null, or the gradient of the relative bias in fixed point, zeros before: [heads, 2 * distance_limit + 1].
+  int64_t* bias_sums;
+  const float* bias_units;  // how many units are 1, a power of two, and the largest norm of a row of v
 };
+
+// Up to this distance there is a gradient of the relative bias.
+constexpr int kMostBiasDistance = 1024;
+// Its unit is no more than the largest possible gradient of a score over so many: numbers of a row add up to about
+// this.
+constexpr float kBiasUnits = 1099511627776.0f;  // 2^40
 
 // Head sizes 32, 64 and 128; cudaErrorInvalidValue for others and for fp32.
 cudaError_t launch_attention(const Attention& problem, cudaStream_t stream);

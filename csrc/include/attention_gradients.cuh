@@ -1,5 +1,6 @@
 #pragma once
 
+#include "attention_bias_sums.cuh"
 #include "attention_mask.cuh"
 #include "attention_tiles.cuh"
 #include "philox.cuh"
@@ -87,8 +88,8 @@ __device__ void pack_square(const Square<kBlocks>& square, uint32_t (&a)[kBlocks
     for (int r = 0; r < 4; ++r) a[b][r] = pack_pair<T>(square[b][r / 2][r % 2 * 2], square[b][r / 2][r % 2 * 2 + 1]);
 }
 
-// Gradients of rows of q; the others are keys and values.
-template <typename T, int kSize, bool kBias, bool kDropout>
+// Gradients of rows of q and, where wanted, of the bias; the others are keys and values.
+template <typename T, int kSize, bool kBias, bool kDropout, bool kBiasGradient>
 class RowGradients {
   using Shape = GradientShape<kSize, kBias, kDropout>;
   static constexpr int kBlocks = Shape::kRowBlocks;
@@ -128,6 +129,25 @@ class RowGradients {
       }
   }
 
+  // Before anything is added, if the gradient of the bias is wanted; `shared` is the block's room for it.
+  __device__ void begin_bias(const AttentionGradients& p, int head, const unsigned char* gradients,
+                             unsigned char* shared) {
+    const HeadRows<T> g = head_rows<T>(p.grad_out, p.grad_token, p.grad_head, head);
+    float norm = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      const int place = i * 8 + static_cast<int>(threadIdx.x) % kLanes / 4;
+      const int64_t row = sequence_.shift + min(first_row_ + place, sequence_.length - 1);
+      norm = fmaxf(norm, multiply_row<T, kSize>(gradients, place, g.data + row * g.stride));
+    }
+#pragma unroll
+    for (int i = 4; i < kLanes; i *= 2) norm = fmaxf(norm, __shfl_xor_sync(kFullWarp, norm, i));
+    bias_sums_.begin(p, shared, kAttentionWarps, sqrtf(norm));
+  }
+
+  // After everything is added.
+  __device__ void finish_bias() { bias_sums_.finish(); }
+
   // What pseudo rows see of themselves.
   __device__ void see_themselves(const unsigned char* queries, const unsigned char* gradients, const HeadRows<T>& k,
                                  const HeadRows<T>& v) {
@@ -147,6 +167,7 @@ class RowGradients {
         float exponent = exponent_[b][half];
         if (kBias) exponent += bias_.table[0] * kLog2OfE;
         const float ds = exp2_approximate(fmaf(score, scale_, exponent)) * (gradient + level_[b][half]);
+        if (kBiasGradient && lane % 4 == 0) bias_sums_.add(ds, 0);
 #pragma unroll
         for (int d = 0; d < kDims; ++d) {
           const float2 pair = pair_at(key + d * 8 + lane % 4 * 2);
@@ -190,7 +211,8 @@ class RowGradients {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     queries_.multiply_others(scores, zeros, tile, swapped_offset_, n);
     gradients_.multiply_others(gradients, levels, tile + Shape::kMatrixBytes, swapped_offset_, n);
-    if (kBias) add_bias(scores, first_column + n);
+    int positions[4] = {};
+    if (kBias) add_bias(scores, first_column + n, positions);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -209,6 +231,7 @@ class RowGradients {
           if (kDropout)
             gradient = fmaf(gradient, kept_(b, half, j / 2, j % 2, n / 16) ? factor_ : 0.0f, level_[b][half]);
           score = p * gradient;
+          if (kBiasGradient) bias_sums_.add(score, positions[j] - position_[b][half]);
         }
       }
     uint32_t a[kBlocks][4];
@@ -216,18 +239,19 @@ class RowGradients {
     add_products<T, 0, kBlocks>(sums_, a, tile, offset_, n);
   }
 
-  __device__ void add_bias(Square<kBlocks>& scores, int first_column) const {
+  // Leaves the positions of this lane's four columns.
+  __device__ void add_bias(Square<kBlocks>& scores, int first_column, int (&positions)[4]) const {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int column = first_column + j / 2 * 8 + lane % 4 * 2 + j % 2;
-      const int position = bias_.positions[min(column, sequence_.length - 1)];
+      positions[j] = bias_.positions[min(column, sequence_.length - 1)];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& score = scores[b][j / 2][2 * half + j % 2];
-          score = fmaf(score, scale_, bias_(position_[b][half], position));
+          score = fmaf(score, scale_, bias_(position_[b][half], positions[j]));
         }
     }
   }
@@ -239,6 +263,7 @@ class RowGradients {
   KeptElements elements_;
   float factor_;  // of what is kept
   KeptInTile<kBlocks> kept_;
+  BiasSums bias_sums_;
   LeftRows<T, kSize, kBlocks, true> queries_, gradients_;
   int offset_ = lane_matrix_offset<Shape::kRowBytes>(false),
       swapped_offset_ = lane_matrix_offset<Shape::kRowBytes>(true);

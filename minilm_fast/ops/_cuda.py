@@ -26,6 +26,8 @@ FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The formats of a packed weight that there are on CUDA: the weight in that dtype."""
 HEAD_SIZES = (32, 64, 128)
 MOST_CANDIDATES = 16
+MOST_BIAS_DISTANCE = 1024
+"""Up to this distance the CUDA kernels give a gradient of the relative bias."""
 MOST_BEAMS = 64
 _LEAST_CAPABILITY = (8, 0)
 

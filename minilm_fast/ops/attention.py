@@ -174,8 +174,8 @@ _triton_op, _triton_backward_op, _triton_projected_op, _triton_projected_backwar
         (_PROJECTED_BACKWARD_SCHEMA, _fake_projected_backward),
     )
 )
-_BIAS_GRADIENT = {_backward_op: _triton_backward_op, _projected_backward_op: _triton_projected_backward_op}
-"""What gives the gradient of the bias on CUDA, where the C++ kernels do not: they leave what Triton's want."""
+_FAR_BIAS = {_backward_op: _triton_backward_op, _projected_backward_op: _triton_projected_backward_op}
+"""What differentiates a bias of more distances than the CUDA kernels take, which leave what Triton's want."""
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -186,6 +186,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs), *output)
 
 
+def _far(relative_bias: torch.Tensor | None) -> bool:
+    return relative_bias is not None and relative_bias.shape[1] // 2 > _cuda.MOST_BIAS_DISTANCE
+
+
 def _gradients(ctx: Any, operator: Any, operands: int, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
     """One for each argument of the forward operator, of which the first ``operands`` and the bias can have one."""
     count = len(ctx.numbers)
@@ -194,8 +198,8 @@ def _gradients(ctx: Any, operator: Any, operands: int, grad_out: torch.Tensor | 
     *saved, out, lse = ctx.saved_tensors
     arguments = [n if t is None else t for t, n in zip(saved, ctx.numbers, strict=True)]
     bias_gradient = ctx.needs_input_grad[operands + _BIAS]
-    if bias_gradient and grad_out.device.type == "cuda":
-        operator = _BIAS_GRADIENT.get(operator, operator)
+    if bias_gradient and grad_out.device.type == "cuda" and _far(arguments[operands + _BIAS]):
+        operator = _FAR_BIAS.get(operator, operator)
     *found, bias = operator(grad_out, *arguments[:operands], out, lse, *arguments[operands:], bias_gradient)
     gradients = [g if a is not None else None for g, a in zip(found, arguments, strict=False)]
     gradients += [None] * (count - operands)
@@ -300,10 +304,12 @@ def projected_attention(
 
 def _refusals(q: torch.Tensor, relative_bias: torch.Tensor | None) -> dict[str, str | None]:
     refusals = _triton.refuse_attention(q) | _cuda.refuse_attention(q)
-    if refusals["cuda"] is None and relative_bias is not None and relative_bias.requires_grad:
-        reason = _triton.unusable("attention", q.device) if torch.is_grad_enabled() else None
+    wanted = relative_bias is not None and relative_bias.requires_grad and torch.is_grad_enabled()
+    if wanted and refusals["cuda"] is None and _far(relative_bias):
+        reason = _triton.unusable("attention", q.device)
         if reason is not None:
-            refusals["cuda"] = f"the gradient of the relative bias is Triton's, and {reason}"
+            far = f"the gradient of a relative bias beyond the distance {_cuda.MOST_BIAS_DISTANCE} is Triton's"
+            refusals["cuda"] = f"{far}, and {reason}"
     return refusals
 
 

@@ -124,6 +124,18 @@ inline unsigned __float_as_uint(float x) {
   std::memcpy(&bits, &x, sizeof(bits));
   return bits;
 }
+// To the nearest, ties to even; the ends of the range for what lies beyond, 0 for what is no number.
+inline int __float2int_rn(float x) {
+  if (x != x) return 0;
+  return x >= 2147483648.0f ? INT32_MAX : x <= -2147483648.0f ? INT32_MIN : static_cast<int>(nearbyintf(x));
+}
+// Threads take turns, so nothing comes between.
+template <typename T>
+T atomicAdd(T* place, T x) {
+  const T before = *place;
+  *place += x;
+  return before;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
