@@ -32,7 +32,7 @@ def _attention(size: int, bias: int | None) -> Iterable[Call]:
     arguments = list(case.arguments())
     yield "attention", arguments
     results = operators().attention(*arguments)
-    yield "attention_backward", [case.gradient(), *arguments[:3], *results, *arguments[3:], False]
+    yield "attention_backward", [case.gradient(), *arguments[:3], *results, *arguments[3:], bias is not None]
 
 
 def _decode_attention(size: int, dtype: torch.dtype) -> Iterable[Call]:
