@@ -58,6 +58,8 @@ def build_parser() -> ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="vectors of length 1 (default: what the checkpoint says, else yes)",
     )
+    add("--prompt", help="what comes before each text (default: what the checkpoint says, else nothing)")
+    add("--prompt_name", help="of one of the checkpoint's prompts, such as query")
     add("--max_seq_length", type=int, help="tokens of a text; longer ones are cut (default: what the checkpoint says)")
     add(
         "--dtype",
@@ -168,7 +170,10 @@ def run(args: argparse.Namespace) -> None:
         )
         options: dict[str, Any] = {
             key: getattr(args, key)
-            for key in ("pooling", "normalize", "max_seq_length", "batch_size", "dtype", "num_proc")
+            for key in (
+                *("pooling", "normalize", "max_seq_length", "prompt", "prompt_name"),
+                *("batch_size", "dtype", "num_proc"),
+            )
         }
         if args.no_cuda:
             options["device"] = "cpu"

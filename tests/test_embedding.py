@@ -132,6 +132,24 @@ def _modules(*kinds: str) -> list[dict[str, str]]:
     return [{"type": f"sentence_transformers.models.{kind}", "path": f"{i}_{kind}"} for i, kind in enumerate(kinds)]
 
 
+PROMPTS = "config_sentence_transformers.json"
+
+
+def test_prompts(tmp_path, model: Model) -> None:
+    prompts = {"query": "segu gota ", "document": None}
+    folder = _folder(tmp_path, {PROMPTS: {"prompts": prompts, "default_prompt_name": "query"}})
+    behind = model.encode(["segu gota " + text for text in TEXTS])
+    np.testing.assert_array_equal(folder.encode(TEXTS), behind)
+    np.testing.assert_array_equal(folder.encode(TEXTS, prompt_name="query"), behind)
+    np.testing.assert_array_equal(model.encode(TEXTS, prompt="segu gota "), behind)
+    for options in ({"prompt_name": "document"}, {"prompt": ""}):
+        np.testing.assert_array_equal(folder.encode(TEXTS, **options), model.encode(TEXTS))
+    with pytest.raises(UserError, match=r"prompt_name 'passage': .* no such prompt \('query', 'document'\)"):
+        folder.encode(TEXTS, prompt_name="passage")
+    with pytest.raises(UserError, match="exclude one another"):
+        folder.encode(TEXTS, prompt="a", prompt_name="query")
+
+
 @pytest.mark.parametrize("old", [True, False])
 def test_the_folder_says_how_to_pool(tmp_path, model: Model, old: bool) -> None:
     pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False} if old else {"pooling_mode": "cls"}
@@ -153,6 +171,17 @@ def test_the_folder_says_how_to_pool(tmp_path, model: Model, old: bool) -> None:
         ({"sentence_bert_config.json": {"max_seq_length": True}}, "an integer above 2, found True"),
         ({"sentence_bert_config.json": {"max_seq_length": 2}}, "an integer above 2, found 2"),
         ({"sentence_bert_config.json": {"do_lower_case": "no"}}, "do_lower_case must be true or false, found 'no'"),
+        ({PROMPTS: {"prompts": ["a"]}}, "prompts must be texts by name"),
+        ({PROMPTS: {"prompts": {"a": 1}}}, "prompts must be texts by name"),
+        ({PROMPTS: {"prompts": {"a": "b"}, "default_prompt_name": "c"}}, "default_prompt_name 'c' is the name of no"),
+        (
+            {
+                "modules.json": _modules("Transformer", "Pooling"),
+                "1_Pooling/config.json": {"pooling_mode_cls_token": True, "include_prompt": False},
+                PROMPTS: {"prompts": {"a": "b"}, "default_prompt_name": "a"},
+            },
+            "pools without the tokens of a prompt",
+        ),
         (
             {
                 "modules.json": _modules("Transformer", "Pooling"),
@@ -225,6 +254,7 @@ def test_command_with_a_bad_line(tmp_path, run: Runner, name: str, content: byte
         (("--output_file", "out.txt"), "must end in .npy"),
         (("--output_file", "nowhere/out.npy"), "cannot be written"),
         (("--output_file", "out.npy", "--input_file", "nothing.txt"), "cannot read nothing.txt: No such file"),
+        (("--output_file", "out.npy", "--prompt_name", "query"), "prompt_name 'query': the checkpoint has no such"),
         (("--output_file", "out.npy", "--threads", "0"), "--threads must be from 1"),
         (("--output_file", "out.npy", "--threads", "1000000000000"), "--threads must be from 1"),
         (("--output_file", "out.npy", "--model_path", "m" * 300), "mmm: File name too long"),

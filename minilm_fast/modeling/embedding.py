@@ -6,9 +6,9 @@ cut to ``max_seq_length``, pooled over the tokens of the text, special tokens in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,10 @@ from minilm_fast.modeling.packed_encoder import PackedEncoder
 from minilm_fast.ops.pool import POOLINGS
 from minilm_fast.tokenization import Tokenizer
 
-SETTINGS_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+SETTINGS_FILES = (
+    *("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"),
+    "config_sentence_transformers.json",
+)
 DEFAULT_BATCH_SIZE = 64
 # Special tokens around a text.
 _SPECIALS = 2
@@ -42,12 +45,36 @@ class EmbeddingSettings:
         max_seq_length: tokens of a text, special tokens included; longer ones are cut. None: as many as the model
             has positions.
         lower_case: whether texts are lower-cased before the tokenizer sees them, whatever that does itself.
+        prompts: what a checkpoint wants before a text, by name.
+        default_prompt_name: which of them comes before a text where none is asked for; None: none.
+        pools_prompt: whether the tokens of a prompt are pooled with the text's; the only way that is supported.
     """
 
     pooling: str = "mean"
     normalize: bool = True
     max_seq_length: int | None = None
     lower_case: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    pools_prompt: bool = True
+
+    def prompt(self, text: str | None, name: str | None) -> str:
+        """What comes before each text: ``text``, or the prompt of a name, by default that of the default name.
+
+        Raises:
+            UserError: both are given, there is no prompt of that name, or its tokens are not to be pooled.
+        """
+        if text is not None and name is not None:
+            raise UserError("prompt and prompt_name exclude one another")
+        if text is None:
+            name = self.default_prompt_name if name is None else name
+            if name is not None and name not in self.prompts:
+                known = ", ".join(map(repr, self.prompts)) or "none"
+                raise UserError(f"prompt_name {name!r}: the checkpoint has no such prompt ({known})")
+            text = self.prompts[name] if name is not None else ""
+        if text and not self.pools_prompt:
+            raise UserError("the checkpoint pools without the tokens of a prompt, which is not supported")
+        return text
 
     def checked(self, positions: int) -> EmbeddingSettings:
         """The settings with ``max_seq_length`` filled in for a model with so many positions.
@@ -70,19 +97,36 @@ def read_settings(folder: Path) -> EmbeddingSettings:
         UserError: a file cannot be read, or the folder asks for a module or a pooling that is not supported.
     """
     length, lower_case = _transformer_settings(folder / SETTINGS_FILES[1])
+    prompts, name = _prompts(folder / SETTINGS_FILES[3])
+    settings = EmbeddingSettings(
+        max_seq_length=length, lower_case=lower_case, prompts=prompts, default_prompt_name=name
+    )
     modules = folder / SETTINGS_FILES[0]
     if not modules.is_file():
-        return EmbeddingSettings(max_seq_length=length, lower_case=lower_case)
-    pooling, normalize = "mean", False
+        return settings
+    settings = replace(settings, normalize=False)
     for module in _modules(modules):
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Pooling":
-            pooling = _pooling(folder / str(module.get("path", "")) / "config.json")
+            pooling, pools_prompt = _pooling(folder / str(module.get("path", "")) / "config.json")
+            settings = replace(settings, pooling=pooling, pools_prompt=pools_prompt)
         elif kind == "Normalize":
-            normalize = True
+            settings = replace(settings, normalize=True)
         elif kind != "Transformer":
             raise UserError(f"{modules}: the module {kind!r} is not supported (Transformer, Pooling, Normalize are)")
-    return EmbeddingSettings(pooling, normalize, length, lower_case)
+    return settings
+
+
+def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
+    if not path.is_file():
+        return {}, None
+    values = read_json(path)
+    prompts, name = values.get("prompts") or {}, values.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
+        raise UserError(f"{path}: prompts must be texts by name")
+    if name is not None and (not isinstance(name, str) or name not in prompts):
+        raise UserError(f"{path}: default_prompt_name {name!r} is the name of no prompt")
+    return {key: text or "" for key, text in prompts.items()}, name
 
 
 def _transformer_settings(path: Path) -> tuple[int | None, bool]:
@@ -109,9 +153,9 @@ def _modules(path: Path) -> list[dict[str, Any]]:
     return modules
 
 
-def _pooling(path: Path) -> str:
+def _pooling(path: Path) -> tuple[str, bool]:
     if not path.is_file():
-        return "mean"
+        return "mean", True
     values = read_json(path)
     names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
     chosen = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
@@ -119,14 +163,15 @@ def _pooling(path: Path) -> str:
         chosen = [key for key, name in names.items() if name == values["pooling_mode"]] or [values["pooling_mode"]]
     if len(chosen) != 1 or chosen[0] not in names:
         raise UserError(f"{path}: pooling by {', '.join(chosen) or 'nothing'} is not supported (mean, cls or max is)")
-    return names[chosen[0]]
+    return names[chosen[0]], values.get("include_prompt", True) is not False
 
 
 def encode_tokens(
-    texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: int, lower_case: bool = False
+    texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: int, lower_case: bool = False, prompt: str = ""
 ) -> list[list[int]]:
-    """Ids of texts, lower-cased if that is wanted, special tokens added, cut to a length."""
+    """Ids of texts behind a prompt, lower-cased if that is wanted, special tokens added, cut to a length."""
     limit = max_seq_length - _SPECIALS
+    texts = [prompt + text for text in texts] if prompt else texts
     texts = [text.lower() for text in texts] if lower_case else texts
     return [
         [tokenizer.cls_id, *tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)[:limit]), tokenizer.sep_id]
@@ -141,12 +186,16 @@ class Embedder:
         encoder: all layers of a model.
         tokenizer: its tokenizer.
         settings: checked ones.
+        prompt: what comes before each text.
     """
 
-    def __init__(self, encoder: PackedEncoder, tokenizer: Tokenizer, settings: EmbeddingSettings) -> None:
+    def __init__(
+        self, encoder: PackedEncoder, tokenizer: Tokenizer, settings: EmbeddingSettings, prompt: str = ""
+    ) -> None:
         self._encoder = encoder
         self._tokenizer = tokenizer
         self._settings = settings
+        self._prompt = prompt
 
     def blocks(self, texts: Iterable[str], batch_size: int, num_proc: int = 1) -> Iterator[np.ndarray]:
         """Vectors of a stream of texts, a batch at a time, in order: fp32 ``[at most batch_size, hidden]``.
@@ -164,8 +213,13 @@ class Embedder:
                 raise UserError(f"{name} must be at least 1, got {value}")
         length = self._settings.max_seq_length
         assert length is not None
-        lower_case = self._settings.lower_case
-        function = partial(encode_tokens, tokenizer=self._tokenizer, max_seq_length=length, lower_case=lower_case)
+        function = partial(
+            encode_tokens,
+            tokenizer=self._tokenizer,
+            max_seq_length=length,
+            lower_case=self._settings.lower_case,
+            prompt=self._prompt,
+        )
         batches = _batches(texts, batch_size)
         tokenized = ordered_map(function, batches, num_proc, "texts") if num_proc > 1 else _ahead(function, batches)
         for ids in tokenized:

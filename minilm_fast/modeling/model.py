@@ -200,6 +200,8 @@ class Model:
         pooling: str | None = None,
         normalize: bool | None = None,
         max_seq_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         dtype: str = "fp32",
         device: str | None = None,
@@ -212,17 +214,19 @@ class Model:
             pooling: ``"mean"``, ``"cls"`` or ``"max"`` over the tokens of a text, special tokens included.
             normalize: whether each vector is divided by its Euclidean norm.
             max_seq_length: tokens of a text, special tokens included; longer ones are cut.
+            prompt: what comes before each text.
+            prompt_name: of one of the checkpoint's prompts, in place of ``prompt``.
             batch_size: texts computed together; changes nothing but the speed, on a GPU the last bits.
             dtype: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"`` or on a GPU ``"fp16"`` weights of the linear layers.
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:<index>"``; by default the current GPU where there is one.
             num_proc: processes that tokenise; with 1 it is a thread of this process.
 
-        The first three are by default what the checkpoint records in the files of sentence-transformers, else the
-        mean, normalised, of as many tokens as the model has positions.
+        The first five are by default what the checkpoint records in the files of sentence-transformers, else the
+        mean, normalised, of as many tokens as the model has positions, without a prompt.
 
         Raises:
-            UserError: an option is out of range, a text is no string, the model has no tokenizer, or its files ask for
-                a module or a pooling that is not supported.
+            UserError: an option is out of range, a text is no string, the model has no tokenizer, there is no prompt
+                of that name, or its files ask for a module or a pooling that is not supported.
         """
         if self.tokenizer is None:
             raise UserError("the model has no tokenizer: give --tokenizer_name")
@@ -230,7 +234,8 @@ class Model:
         settings = replace(self._embedding(), **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
         settings = settings.checked(self.config.max_position_embeddings)
         encoder = self.encoder(dtype, device or _default_device())
-        yield from Embedder(encoder, self.tokenizer, settings).blocks(texts, batch_size, num_proc)
+        embedder = Embedder(encoder, self.tokenizer, settings, settings.prompt(prompt, prompt_name))
+        yield from embedder.blocks(texts, batch_size, num_proc)
 
     @overload
     def generate(
