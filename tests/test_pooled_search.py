@@ -98,7 +98,7 @@ def test_steps_become_smaller_when_nothing_waits(engine: InferenceEngine, monkey
     options = SearchOptions(batch_size=9, max_tgt_length=12, beam_size=3, length_penalty=0.7)
     in_pool(BeamSearch(engine, options, SPECIAL), random_sources(), 9)
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 9 and sizes[-1] < 9 and set(sizes) <= {9, 5, 3, 2, 1}
+    assert sizes[0] == 9 and sizes[-1] < 9 and set(sizes) <= {9, 8, 6, 4, 3, 2, 1}
 
 
 def test_no_step_is_started_in_vain(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +152,7 @@ def test_a_pool_is_used_again(engine: InferenceEngine, monkeypatch: pytest.Monke
         initialise(pool, *args)
 
     monkeypatch.setattr(Pool, "__init__", counted)
+    monkeypatch.setattr(pooled, "CAPACITY_MULTIPLE", 16)
     sources = random_sources()
 
     def decode(given: list[list[int]], slots: int, **options: Any) -> int:
@@ -203,16 +204,22 @@ def test_sizes_are_captured_when_they_have_been_wanted_often(
 ) -> None:
     monkeypatch.setattr(pools, "PATIENCE", 2)
     pool = Pool(BeamSearch(engine, SearchOptions(max_tgt_length=12), SPECIAL), 8, 16)
-    assert [pool.size_for(n) for n in (8, 5, 4, 3, 2, 1)] == [8, 8, 4, 4, 2, 1]
+    assert [pool.size_for(n) for n in (8, 7, 6, 5, 4, 3, 2, 1)] == [8, 8, 6, 6, 4, 3, 2, 1]
     # As on a GPU, where each size has a graph.
     monkeypatch.setattr(pool, "device", torch.device("cuda"))
     graphs: dict[int, Any] = {}
     monkeypatch.setattr(pool, "_graphs", graphs)
-    assert pool.size_for(3) == 4
+    assert pool.size_for(3) == 3
     graphs[8] = "captured"
-    assert [pool.size_for(n) for n in (8, 3, 4, 3, 1)] == [8, 8, 8, 4, 8]
+    assert [pool.size_for(n) for n in (8, 4, 4, 3, 4, 1)] == [8, 8, 8, 8, 4, 8]
     graphs[4] = "captured"
-    assert [pool.size_for(n) for n in (3, 1, 5, 1)] == [4, 4, 8, 1]
+    assert [pool.size_for(n) for n in (4, 1, 5, 1)] == [4, 4, 8, 1]
+
+
+def test_room_is_made_in_few_sizes() -> None:
+    assert [pools.room_for(n, 32) for n in (1, 3, 5, 7, 9, 13, 17, 25, 32)] == [1, 3, 6, 8, 12, 16, 24, 32, 32]
+    assert [pools.room_for(n, 11) for n in (1, 8, 9, 11)] == [1, 8, 11, 11]
+    assert pools.sizes_to(1) == [1]
 
 
 @pytest.mark.parametrize("options", [{}, {"beam_size": 3, "pos_shift": True}, {"mode": "l2r"}])

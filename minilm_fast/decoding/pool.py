@@ -27,6 +27,18 @@ MOST_PREFILL_TOKENS = 2048
 # Captured prefills are filled up to a multiple of this.
 TOKEN_MULTIPLE = 128
 MOST_PREFILLS = 64
+# Room for sources is made in multiples of this, so that the next search, with slightly longer ones, has it too.
+CAPACITY_MULTIPLE = 128
+
+
+def sizes_to(most: int) -> list[int]:
+    """For how many rows steps are computed in a pool: ``most``, and all 2^n and 3 * 2^n below it."""
+    return sorted({most, *(step << n for step in (1, 3) for n in range(most.bit_length()) if step << n < most)})
+
+
+def room_for(examples: int, batch_size: int) -> int:
+    """How many slots a pool gets that so many examples need: one of few numbers, at most the batch size."""
+    return next(size for size in sizes_to(batch_size) if size >= examples)
 
 
 def capture(function: Callable[[], None], device: torch.device, memory: Any) -> torch.cuda.CUDAGraph:
@@ -109,9 +121,7 @@ class Pool:
         self._prefills: dict[tuple[int, int], Prefill] = {}
         self._wanted: Counter[int] = Counter()
         self._idle: torch.cuda.Event | None = None
-        self._sizes = [slots]
-        while self._sizes[-1] > 1:
-            self._sizes.append(-(-self._sizes[-1] // 2))
+        self._sizes = sizes_to(slots)
 
     def start(self, search: BeamSearch) -> None:
         """Makes it ready for a search, and the search for it: all rows stand still."""
@@ -129,7 +139,7 @@ class Pool:
 
     def size_for(self, examples: int) -> int:
         """For how many rows a step is to be computed that so many examples take."""
-        fitting = min(size for size in self._sizes if size >= examples)
+        fitting = next(size for size in self._sizes if size >= examples)
         captured = [size for size in self._graphs if size >= examples]
         if self.device.type != "cuda" or fitting in captured or not captured:
             return fitting

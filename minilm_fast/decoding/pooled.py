@@ -2,7 +2,7 @@
 
 Every tensor of the search stays where it is. An example that has its answer stands still, its row is computed all the
 same, until a waiting one takes its place. Once none waits, the rows in use are moved to the front as they become fewer,
-and a step is computed for the first half, quarter, ... of the pool. The host never waits for the step that it has just
+and a step is computed for so many of the first rows as are needed. The host never waits for the step that it has just
 started: it looks at what the step before left, so the device always has work.
 
 A pool is kept by the engine and used again, graphs included, by the next search with the same options.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from minilm_fast.decoding.pool import Pool
+from minilm_fast.decoding.pool import CAPACITY_MULTIPLE, Pool, room_for
 from minilm_fast.decoding.result import Hypothesis
 from minilm_fast.decoding.state import winner
 from minilm_fast.errors import is_out_of_memory
@@ -126,13 +126,15 @@ class PooledSearch:
         if pool is not None and pool.capacity >= self._slots and pool.source_capacity >= self._capacity:
             return pool
         del pool
+        slots = room_for(self._slots, max(self._slots, self._search.options.batch_size))
+        capacity = -(-self._capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
         try:
-            return Pool(self._search, self._slots, self._capacity)
+            return Pool(self._search, slots, capacity)
         except (MemoryError, RuntimeError) as error:
             if not self._search.engine.kept or not is_out_of_memory(error):
                 raise
         self._search.engine.kept.clear()
-        return Pool(self._search, self._slots, self._capacity)
+        return Pool(self._search, slots, capacity)
 
     def _decode(
         self, pool: Pool, sources: Sequence[Sequence[int]], waiting: deque[int]
