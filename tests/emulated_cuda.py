@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -123,6 +123,25 @@ def schedule(*, backwards: bool = False, far: bool = False, early: bool = False)
 def running_backwards() -> AbstractContextManager[None]:
     """Everything otherwise than by default."""
     return schedule(backwards=True, far=True, early=True)
+
+
+@contextmanager
+def kernel_before(function: Callable[[], None]) -> Iterator[None]:
+    """The kernel before one that is launched early does ``function``, as late as that one waits for it."""
+    called = []
+
+    def run() -> None:
+        called.append(True)
+        function()
+
+    callback = ctypes.CFUNCTYPE(None)(run)
+    library = load()[1]
+    library.emulation_set_kernel_before(callback)
+    try:
+        yield
+    finally:
+        library.emulation_set_kernel_before(None)
+    assert called == [True], "no kernel was launched early"
 
 
 @contextmanager

@@ -51,8 +51,8 @@ def _step_linear(rows: int) -> Iterable[Call]:
     torch.manual_seed(0)
     x, weight, norm = torch.randn(rows, 768), torch.randn(200, 768).bfloat16(), list(torch.randn(2, 768))
     bias, residual = torch.randn(200), torch.randn(rows, 200).bfloat16()
-    yield "step_linear", [x, weight, bias, residual, *norm, 1e-5, 1, True]
-    yield "step_linear", [x.bfloat16(), weight, bias, residual, None, None, 0.0, 0, True]
+    yield "step_linear", [x, weight, bias, residual, *norm, 1e-5, 1, True, rows > 10]
+    yield "step_linear", [x.bfloat16(), weight, bias, residual, None, None, 0.0, 0, True, rows > 10]
 
 
 def _small() -> Iterable[Call]:

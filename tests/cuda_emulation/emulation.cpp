@@ -73,6 +73,7 @@ jmp_buf scheduler;
 ucontext_t outer;
 std::string failure;
 Schedule schedule;
+void (*kernel_before)() = nullptr;
 
 unsigned char* aligned_shared() {
   const auto address = reinterpret_cast<uintptr_t>(block.shared.data());
@@ -201,7 +202,20 @@ void copy_async(void* shared, const void* global, int bytes, bool valid) {
 
 void commit_copies() { current->copies.emplace_back(); }
 
-void wait_for_previous() { current->waited_for_previous = true; }
+// The kernel before ends as late as it can: when all threads of the first block wait for it, what they copy being
+// copied.
+void wait_for_previous() {
+  current->waited_for_previous = true;
+  if (!block.early) return;
+  for (std::vector<Copy>& group : current->copies) {
+    for (const Copy& copy : group) carry_out(copy);
+    group.clear();
+  }
+  synchronize_block();
+  if (kernel_before == nullptr) return;
+  kernel_before();
+  kernel_before = nullptr;
+}
 
 void wait_copies(int pending) {
   std::vector<std::vector<Copy>>& groups = current->copies;
@@ -269,4 +283,9 @@ cudaError_t emulated_launch(const cudaLaunchConfig_t& config, const std::functio
 
 extern "C" __attribute__((visibility("default"))) void emulation_set_schedule(bool backwards, bool far, bool early) {
   emulation::schedule = {backwards, far, early};
+}
+
+// What the kernel before an early one does, to be called once.
+extern "C" __attribute__((visibility("default"))) void emulation_set_kernel_before(void (*function)()) {
+  emulation::kernel_before = function;
 }
