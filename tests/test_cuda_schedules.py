@@ -17,6 +17,7 @@ from attention_cases import batch
 from decode_steps import Shape
 from emulated_cuda import operators, poisoned_results, schedule
 from operator_calls import decoding_calls
+from relation_cases import relation
 
 from minilm_fast.ops import SequenceLayout
 
@@ -33,6 +34,18 @@ def _attention(size: int, bias: int | None) -> Iterable[Call]:
     yield "attention", arguments
     results = operators().attention(*arguments)
     yield "attention_backward", [case.gradient(), *arguments[:3], *results, *arguments[3:], bias is not None]
+
+
+def _relation_kl(sizes: tuple[int, int], kind: str) -> Iterable[Call]:
+    """A sequence that all rows see whole, whose last rows are far from the others, and one that they do not."""
+    layout = SequenceLayout.from_counts([300, 60], [0, 40], [0, 40])
+    case = relation(layout, sizes, torch.bfloat16, kind, heads=1)
+    for x in {id(x): x for x in case.operands}.values():
+        x[270:300] *= 16
+    arguments = case.arguments()
+    yield "relation_kl", arguments
+    _, *lse = operators().relation_kl(*arguments)
+    yield "relation_kl_backward", [torch.tensor(1.7), *arguments[:4], *lse, *arguments[4:]]
 
 
 def _decode_attention(size: int, dtype: torch.dtype) -> Iterable[Call]:
@@ -64,6 +77,9 @@ def _small() -> Iterable[Call]:
 CASES: dict[str, Callable[[], Iterable[Call]]] = {
     **{f"attention {size}": lambda size=size: _attention(size, None) for size in (32, 64, 128)},
     "attention 32 with a bias": lambda: _attention(32, 9),
+    **{f"relation_kl, {kind}": lambda kind=kind: _relation_kl((64, 32), kind) for kind in ("distinct", "symmetric")},
+    "relation_kl 16": lambda: _relation_kl((16, 8), "symmetric student"),
+    "relation_kl 128": lambda: _relation_kl((128, 64), "symmetric"),
     "decode_attention 32": lambda: _decode_attention(32, torch.bfloat16),
     "decode_attention 128": lambda: _decode_attention(128, torch.float32),
     "lm_head_topk bf16": lambda: _vocabulary(torch.bfloat16),

@@ -336,11 +336,14 @@ __global__ void __launch_bounds__(kAttentionThreads, Shape::kResident)
   const double *teacher_lse = p.teacher.lse + place, *student_lse = p.student.lse + place;
   const float common_teacher = common_reference(teacher_lse[block.block_row()]);
   const float common_student = common_reference(student_lse[block.block_row()]);
-  shared.common_teacher = common_teacher;
-  shared.common_student = common_student;
   RelationGradients<T, Shape> gradients;
-  shared.near[block.warp()] =
+  const bool near =
       gradients.normalize(teacher_lse, student_lse, block.first_row(), sequence.length, common_teacher, common_student);
+  if (threadIdx.x % kLanes == 0) shared.near[block.warp()] = near;
+  if (threadIdx.x == 0) {
+    shared.common_teacher = common_teacher;
+    shared.common_student = common_student;
+  }
 
   const bool at_once = of == RelationGradient::kOfBoth && p.symmetric && sequence.source == sequence.length;
 #pragma unroll 1
