@@ -202,6 +202,13 @@ struct BackwardShared {
   int near[kAttentionWarps];  // whether the own rows of a warp all have the common references
 };
 
+// The thread's number, asked for anew: what follows from it takes no register in between.
+__device__ inline unsigned this_thread() {
+  unsigned thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
 // Leaves the normalizers of the rows that are met; each thread has one row of one side at a time.
 class MetStatistics {
   static_assert(2 * kAttentionColumns == kAttentionThreads, "a thread a row and side");
@@ -209,24 +216,36 @@ class MetStatistics {
  public:
   // Starts to load those of 64 rows of a sequence; `place` is that of the sequence's first token.
   __device__ void load(const RelationKl& p, int64_t place, int first, int length) {
-    const double* lse = of_teacher() ? p.teacher.lse : p.student.lse;
-    if (first + row() < length) value_ = lse[place + first + row()];
+    const Mine mine;
+    const double* lse = mine.of_teacher ? p.teacher.lse : p.student.lse;
+    if (first + mine.row < length) value_ = lse[place + first + mine.row];
   }
 
   // Leaves them. A row that is not there counts nothing.
   __device__ void store(int first, int length, float common_teacher, float common_student, Statistics& all) const {
-    const float common = of_teacher() ? common_teacher : common_student;
+    const Mine mine;
     bool near = true;
-    const Normalizer own = first + row() < length ? normalizer(value_, common, near) : Normalizer{0.0f, 0.0f};
-    reinterpret_cast<float*>(of_teacher() ? all.teacher_reference : all.student_reference)[row()] = own.reference;
-    reinterpret_cast<float*>(of_teacher() ? all.teacher_factor : all.student_factor)[row()] = own.factor;
+    Normalizer own = {0.0f, 0.0f};
+    if (first + mine.row < length) own = normalizer(value_, mine.of_teacher ? common_teacher : common_student, near);
+    reinterpret_cast<float*>(mine.of_teacher ? all.teacher_reference : all.student_reference)[mine.row] = own.reference;
+    reinterpret_cast<float*>(mine.of_teacher ? all.teacher_factor : all.student_factor)[mine.row] = own.factor;
     near = !__any_sync(kFullWarp, !near);
-    if (threadIdx.x % kLanes == 0) all.near[threadIdx.x / kLanes] = near;
+    if (mine.row % kLanes == 0) all.near[mine.warp] = near;
   }
 
  private:
-  __device__ static bool of_teacher() { return threadIdx.x < kAttentionColumns; }
-  __device__ static int row() { return static_cast<int>(threadIdx.x) % kAttentionColumns; }
+  // What a thread has.
+  struct Mine {
+    int row, warp;
+    bool of_teacher;
+
+    __device__ Mine() {
+      const unsigned thread = this_thread();
+      row = thread % kAttentionColumns;
+      warp = thread / kLanes;
+      of_teacher = thread < kAttentionColumns;
+    }
+  };
 
   double value_ = 0.0;
 };
@@ -245,11 +264,7 @@ struct BackwardBlock {
 
   __device__ Sequence sequence() const { return Sequence(p.cu_seqlens, p.segments, blockIdx.z); }
   __device__ int block_row() const { return static_cast<int>(blockIdx.x) * Shape::kRows; }
-  __device__ static int warp() {
-    int thread = threadIdx.x;
-    asm volatile("" : "+r"(thread));
-    return thread / kLanes;
-  }
+  __device__ static int warp() { return static_cast<int>(this_thread() / kLanes); }
   __device__ int first_row() const { return block_row() + warp() * Shape::kWarpRows; }
   // Of the log-sum-exps of the sequence's first token.
   __device__ int64_t place(const Sequence& sequence) const { return blockIdx.y * p.tokens + sequence.first; }
