@@ -11,7 +11,7 @@ from test_pooled_search import SPECIAL, in_pool, random_sources, small_model
 
 from minilm_fast.decoding.options import SearchOptions
 from minilm_fast.decoding.search import BeamSearch
-from minilm_fast.modeling import inference
+from minilm_fast.modeling import packed_encoder
 from minilm_fast.modeling.inference import InferenceEngine
 from minilm_fast.modeling.packed_encoder import attention_dtype
 from minilm_fast.ops import _cuda, _dispatch
@@ -37,7 +37,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_dispatch, "unusable", unusable)
     monkeypatch.setattr(_dispatch, "PRIORITY", {"cpu": ("cuda", "cpu", "reference")})
-    monkeypatch.setattr(inference, "activation_dtype", lambda format, device: attention_dtype(format))
+    monkeypatch.setattr(packed_encoder, "default_activations", lambda format, device: attention_dtype(format))
     for module, names in OPERATORS.items():
         for attribute, operator in names.items():
             overload = getattr(operators(), operator).default

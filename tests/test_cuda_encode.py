@@ -1,16 +1,21 @@
-"""Embeddings on the way of CUDA tensors, emulated on a CPU, and on a GPU where there is one."""
+"""Embeddings and heads on the way of CUDA tensors, emulated on a CPU, and on a GPU where there is one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_cuda_decode import emulated  # noqa: F401 (a fixture)
 from test_embedding import LEAST_COSINE, TEXTS, model  # noqa: F401 (a fixture)
+from test_heads import LENGTH, make_small
+from test_heads_packed import TOLERANCES
 from test_ops_pool import LENGTHS, hidden_of
 
 from minilm_fast import Model, ops
 from minilm_fast.errors import UserError
+from minilm_fast.modeling.heads.packed import PackedHead
 from minilm_fast.ops import _cuda, reference
 from minilm_fast.ops.pool import POOLINGS
 
@@ -68,3 +73,36 @@ def test_dtypes_of_other_devices(model: Model) -> None:  # noqa: F811
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="device cuda: PyTorch finds no GPU"):
             model.encode(TEXTS, device="cuda")
+
+
+def _head(name: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A small model, input for it, and its logits."""
+    torch.manual_seed(0)
+    small, ids = make_small(name, initializer_range=0.3), torch.randint(5, 60, (3, LENGTH))
+    with torch.no_grad():
+        return small, ids, small(ids)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["SequenceClassifier", "QuestionAnswerer", "MaskedLM"])
+def test_heads_by_the_kernels_for_gpus(name: str, dtype: str, emulated: None) -> None:  # noqa: F811
+    small, ids, expected = _head(name)
+    packed = PackedHead(small, dtype)
+    assert packed._encoder.layers[0].projection.weight.backend == "cuda"
+    found = packed(ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCES[dtype] * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["SequenceClassifier", "QuestionAnswerer", "MaskedLM"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_heads_on_a_gpu(name: str, dtype: str) -> None:
+    small, ids, expected = _head(name)
+    found = small.cuda().packed(dtype)(ids.cuda())
+    tolerance = TOLERANCES.get(dtype, TOLERANCES["bf16"]) * expected.abs().max().item()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=tolerance)
+    with pytest.raises(UserError, match="dtype must be one of fp32, bf16, fp16, got 'int8'"):
+        small.packed("int8")

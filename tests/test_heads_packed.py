@@ -88,7 +88,7 @@ def test_weights_are_packed_anew_when_they_have_changed() -> None:
 def test_what_cannot_be_packed() -> None:
     with pytest.raises(UserError, match="dtype must be one of fp32, bf16, int8, got 'fp16'"):
         make_small("TokenClassifier").packed("fp16")
-    with pytest.raises(UserError, match="packed for a CPU, the model is on meta"):
+    with pytest.raises(UserError, match="packed for a CPU or a GPU, the model is on meta"):
         make_small("TokenClassifier").to("meta").packed()
 
 

@@ -46,7 +46,9 @@ class FrozenEncoder:
         if not 1 <= self.layers <= config.num_hidden_layers:
             raise UserError(f"teacher layer {layer}: the teacher has layers 1 to {config.num_hidden_layers}")
         self.dtype = dtype
-        reader = WeightReader(config, state, dtype, device=device, purpose="a frozen teacher")
+        reader = WeightReader(
+            config, state, dtype, device=device, purpose="a frozen teacher", activation_dtype=torch.float32
+        )
         self._encoder = PackedEncoder(reader, self.layers - 1)
         base = f"bert.encoder.layer.{self.layers - 1}.attention.self"
         self._vectors = {name: reader.linear(f"{base}.{module}") for name, module in MODULES.items()}

@@ -137,14 +137,15 @@ class SequenceClassifier(HeadModel):
         batch_size: int = 32,
         dtype: str = "fp32",
     ) -> Any:
-        """Classifies texts, or pairs of texts, on a CPU.
+        """Classifies texts, or pairs of texts, where the model is: on a CPU or a GPU.
 
         Args:
             texts: one text, one pair (a tuple of two strings), or any number of either.
             max_seq_length: tokens of an input, special ones included; of longer ones the end is cut off, of a pair the
                 longer text first. By default as many as the model has positions.
             batch_size: inputs computed together; changes nothing but the speed.
-            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` weights of the linear layers, see :meth:`HeadModel.packed`.
+            dtype: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"`` or on a GPU ``"fp16"`` weights of the linear layers, see
+                :meth:`HeadModel.packed`.
 
         Returns:
             a :class:`Classification`, of several inputs a list of them in their order.
@@ -164,7 +165,7 @@ class SequenceClassifier(HeadModel):
         packed, found = self.packed(dtype), []
         for start in range(0, len(features), batch_size):
             chosen = range(start, min(start + batch_size, len(features)))
-            batch = ClassificationBatch.collate([features[i] for i in chosen])
+            batch = ClassificationBatch.collate([features[i] for i in chosen]).to(self.device)
             found += self._classifications(packed(batch.tokens, token_type_ids=batch.token_type_ids))
         return found
 

@@ -26,11 +26,6 @@ LAYER_NORM_EPS = 1e-5
 CAPACITY_MULTIPLE = 16
 
 
-def activation_dtype(format: str, device: torch.device) -> torch.dtype:
-    """The dtype of what passes between the operators for a format of the weights."""
-    return attention_dtype(format) if device.type == "cuda" else torch.float32
-
-
 class DecodeCache:
     """Keys and values of the examples being decoded: one slot an example, all layers.
 
@@ -98,7 +93,6 @@ class InferenceEngine:
             device=self.device,
             eps=LAYER_NORM_EPS,
             purpose="decoding",
-            activation_dtype=activation_dtype(dtype, self.device),
         )
         last = config.num_hidden_layers - 1
         self._encoder = PackedEncoder(reader, last)

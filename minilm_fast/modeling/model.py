@@ -17,7 +17,6 @@ from minilm_fast.decoding.options import DTYPES, SearchOptions
 from minilm_fast.decoding.result import GenerationResult, Hypothesis
 from minilm_fast.decoding.search import BeamSearch, SpecialIds
 from minilm_fast.errors import UserError
-from minilm_fast.modeling import inference
 from minilm_fast.modeling.embedding import (
     DEFAULT_BATCH_SIZE,
     SETTINGS_FILES,
@@ -147,9 +146,7 @@ class Model:
         """
         key = (*self._packed_as(dtype, device), device)
         if key not in self._encoders:
-            between = inference.activation_dtype(dtype, torch.device(device))
-            reader = WeightReader(self.config, self.state, dtype, device=device, activation_dtype=between)
-            self._encoders[key] = PackedEncoder(reader)
+            self._encoders[key] = PackedEncoder(WeightReader(self.config, self.state, dtype, device=device))
         return self._encoders[key]
 
     def _packed_as(self, dtype: str, device: str) -> tuple[str, str | None]:

@@ -1,8 +1,8 @@
 """The encoder over weights that were packed once: what decoding, frozen teachers and embeddings run.
 
 Built from a configuration and a state dict with canonical names; independent of the trainable network. Biases and
-norms stay fp32, and so do the activations between operators unless another dtype is asked for; ``dtype`` is the
-format of the linear layers' weights. Unless it is fp32, attention is in bf16, with fp16 weights in fp16.
+norms stay fp32, on a CPU the activations between operators too; ``dtype`` is the format of the linear layers' weights.
+Unless it is fp32, attention is in bf16, with fp16 weights in fp16; on a GPU activations then have that dtype as well.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ _FUSED_ACTIVATIONS = ("none", "gelu")
 def attention_dtype(format: str) -> torch.dtype:
     """The dtype of attention where the linear layers' weights have this format."""
     return {"fp32": torch.float32, "fp16": torch.float16}.get(format, torch.bfloat16)
+
+
+def default_activations(format: str, device: torch.device) -> torch.dtype:
+    """The dtype of what passes between the operators where the linear layers' weights have this format."""
+    return attention_dtype(format) if device.type == "cuda" else torch.float32
 
 
 def split_activation(function: str) -> tuple[str, Callable[[Tensor], Tensor] | None]:
@@ -128,7 +133,7 @@ class WeightReader:
         device: where the parts are put.
         eps: of the norms, by default what the configuration says.
         purpose: who needs the weights, for the error.
-        activation_dtype: of what passes between the operators.
+        activation_dtype: of what passes between the operators, by default that of :func:`default_activations`.
     """
 
     def __init__(
@@ -140,12 +145,12 @@ class WeightReader:
         device: torch.device | str = "cpu",
         eps: float | None = None,
         purpose: str = "the encoder",
-        activation_dtype: torch.dtype = torch.float32,
+        activation_dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config
-        self.activation_dtype = activation_dtype
         self.dtype = dtype
         self.device = torch.device(device)
+        self.activation_dtype = activation_dtype or default_activations(dtype, self.device)
         self._state = state
         self.eps = config.layer_norm_eps if eps is None else eps
         self._purpose = purpose

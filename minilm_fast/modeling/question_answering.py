@@ -113,13 +113,14 @@ class QuestionAnswerer(HeadModel):
         dtype: str = "fp32",
         **options: Any,
     ) -> Any:
-        """Finds answers in contexts, on a CPU.
+        """Finds answers in contexts, where the model is: on a CPU or a GPU.
 
         Args:
             questions: one, or several.
             contexts: one for each question, or a text that all questions are about.
             batch_size: windows computed together; changes nothing but the speed.
-            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` weights of the linear layers, see :meth:`HeadModel.packed`.
+            dtype: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"`` or on a GPU ``"fp16"`` weights of the linear layers, see
+                :meth:`HeadModel.packed`.
             **options: fields of :class:`~minilm_fast.data.answer_windows.WindowOptions` and
                 :class:`~minilm_fast.modeling.answers.AnswerOptions`; windows have at most as many tokens as the model
                 has positions.
@@ -140,8 +141,9 @@ class QuestionAnswerer(HeadModel):
         packed, logits = self.packed(dtype), []
         for start in range(0, len(windows), batch_size):
             batch = QuestionAnsweringBatch.collate(windows[start : start + batch_size])
-            scores = packed(batch.tokens, token_type_ids=batch.token_type_ids).numpy()
-            logits += np.split(scores, batch.tokens.layout.cu_seqlens[1:-1].numpy())
+            ends = batch.tokens.layout.cu_seqlens[1:-1].numpy()
+            batch = batch.to(self.device)
+            logits += np.split(packed(batch.tokens, token_type_ids=batch.token_type_ids).cpu().numpy(), ends)
         return list(choose_answers(windows, logits, AnswerOptions(**of_answers)).values())
 
     def _windows(self, paragraphs: Sequence[Paragraph], options: WindowOptions, exact: bool) -> list[Window]:

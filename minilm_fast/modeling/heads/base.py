@@ -195,11 +195,16 @@ class HeadModel(nn.Module):
     def tokenizer(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     def packed(self, dtype: str = "fp32") -> PackedHead:
-        """The present weights packed for inference on a CPU; kept, and made anew after the weights have changed.
+        """The present weights packed for inference; kept, and made anew after they have changed or moved.
 
         Args:
-            dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+            dtype: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"`` or on a GPU ``"fp16"``.
 
         Raises:
             UserError: as :class:`minilm_fast.modeling.heads.packed.PackedHead`.

@@ -1,4 +1,4 @@
-"""A head model for inference: its encoder over weights that are packed once, in fp32, bf16 or int8."""
+"""A head model for inference: its encoder over weights that are packed once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from minilm_fast.modeling.heads.inputs import HeadInput
 from minilm_fast.modeling.last_layer import LastLayer
 from minilm_fast.modeling.packed_encoder import PackedEncoder, WeightReader
 
-DTYPES = ("fp32", "bf16", "int8")
+DTYPES = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "bf16", "fp16")}
+"""The formats of the linear layers' weights, by the kind of device."""
 
 
 class PackedHead:
@@ -27,23 +28,24 @@ class PackedHead:
     of the model in evaluation mode to the rounding of another order of sums.
 
     Args:
-        model: on the CPU. After its weights have changed, a new object is needed.
-        dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``: format of the linear layers' weights.
+        model: on a CPU or a GPU, where the logits will be computed. After its weights have changed, a new object is
+            needed.
+        dtype: ``"fp32"``, ``"bf16"``, on a CPU ``"int8"`` or on a GPU ``"fp16"``: format of the linear layers' weights.
 
     Raises:
-        UserError: an unknown dtype, or a model that is not on the CPU.
+        UserError: a dtype that is unknown or not for the device, or a model on a device of another kind.
     """
 
     def __init__(self, model: HeadModel, dtype: str = "fp32") -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        state = model.state_dict()
-        device = next(iter(state.values())).device
-        if device.type != "cpu":
-            raise UserError(f"weights are packed for a CPU, the model is on {device}")
+        state, device = model.state_dict(), model.device
+        if device.type not in DTYPES:
+            raise UserError(f"weights are packed for a CPU or a GPU, the model is on {device}")
+        if dtype not in DTYPES[device.type]:
+            known = ", ".join(DTYPES[device.type])
+            raise UserError(f"dtype must be one of {known}, got {dtype!r} for a model on {device.type}")
         self.model = model
         self.dtype = dtype
-        reader = WeightReader(model.config, state, dtype)
+        reader = WeightReader(model.config, state, dtype, device=device)
         layers = model.config.num_hidden_layers
         first_only = model.reads_first_token
         self._encoder = PackedEncoder(reader, layers - 1 if first_only else layers)
@@ -62,14 +64,14 @@ class PackedHead:
         x = encoder.embed(tokens.input_ids, positions, batch.token_type_ids)
         x = encoder.run_layers(x, positions, layout.without_queries())
         if self._last is None:
-            return x
+            return x.float()
         rows = x[layout.query_index()]
         k, v = self._last.keys_values(x)
         q, k, v = (part.to(encoder.attention_dtype) for part in (self._last.queries(rows), k, v))
         bias = encoder.relative_bias
         at = None if bias is None else positions
         context, _ = ops.attention(q, k, v, layout, relative_bias=bias, position_ids=at)
-        return self._last.block(context.to(x.dtype), rows)
+        return self._last.block(context.to(x.dtype), rows).float()
 
 
 @contextmanager
