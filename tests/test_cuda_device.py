@@ -299,6 +299,21 @@ def test_graphs_of_all_sizes_and_the_next_call(options: dict[str, object], monke
     assert {9, 2} <= set(kept[0]._graphs)
 
 
+def test_overlapping_kernels_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = small_model()
+    sources, chosen = random_sources(), SearchOptions(batch_size=4, max_tgt_length=12)
+
+    def found() -> dict[int, object]:
+        engine = InferenceEngine(config, state, "bf16", device="cuda")
+        if not ops.kernels_can_overlap(engine.device):
+            pytest.skip("kernels cannot overlap on this GPU")
+        return dict(BeamSearch(engine, chosen, SPECIAL, ignored=[7]).run(sources))
+
+    plain = found()
+    monkeypatch.setattr(few_rows, "OVERLAP", True)
+    assert found() == plain
+
+
 def test_operators_of_decoding() -> None:
     check_calls(decoding_calls("cuda"))
 
