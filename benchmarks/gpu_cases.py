@@ -14,7 +14,7 @@ from gpu_training import training
 
 import minilm_fast
 from minilm_fast import ops
-from minilm_fast.ops import SequenceLayout, _dispatch, _triton
+from minilm_fast.ops import SequenceLayout, _dispatch, _triton, reference
 
 Function = Callable[..., torch.Tensor]
 SHARES = (4, 8)
@@ -79,6 +79,36 @@ def attention(size: Size) -> Iterator[Case]:
         bytes=8.0 * moved,
         goals=[Goal("times", 1.3, "SDPA calls composed"), Goal("times", 1.5, "FlexAttention, compiled")],
     )
+    yield _training_attention(size, layout, packed, packed_gradient)
+
+
+def _training_attention(size: Size, layout: SequenceLayout, packed: torch.Tensor, gradient: torch.Tensor) -> Case:
+    """The same with dropout and a relative bias that is trained; no peer drops the same probabilities."""
+    tokens = layout.total // size.batch * min(size.batch, CHECKED)
+    few = SequenceLayout(layout.cu_seqlens[: CHECKED + 1], layout.segments[:CHECKED], layout.max_seqlen, tokens)
+    bias = torch.randn(size.shape.heads, 257, device=size.device)
+    lengths = layout.segments.sum(1)
+    positions = torch.cat([torch.arange(int(x), dtype=torch.int32) for x in lengths.tolist()]).to(size.device)
+    options = {"dropout": 0.1, "seed": torch.tensor([1])}
+
+    def ours(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return ops.projected_attention(x, layout, relative_bias=bias, position_ids=positions, **options)[0]
+
+    def exact(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        scale = size.head_size**-0.5
+        places = {"relative_bias": bias, "position_ids": positions[:tokens]}
+        return reference.attention(*x.unbind(1), few, scale=scale, **places, **options)[0]
+
+    # The gradient of the bias is that of all sequences.
+    def first(found: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [x[:tokens] for x in found[:2]]
+
+    run = differentiated(ours, [packed, bias], gradient)
+    systems = {OURS: System(lambda: run, first)}
+    if _dispatch.unusable("cuda", "attention", size.device, True) is None:
+        systems[f"{OURS}, CUDA C++"] = System(lambda: lambda: _on("cuda", run), first)
+    checked = differentiated(exact, [packed[:tokens].double(), bias.double()], gradient[:tokens].double())
+    return Case("attention with dropout and bias, forward and backward", systems, exact=lambda: first(checked()))
 
 
 def _bound(function: Function, *arguments: torch.Tensor) -> Callable[[], torch.Tensor]:

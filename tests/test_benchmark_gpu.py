@@ -23,6 +23,7 @@ _ORIGINAL = "the original's algorithm"
 EVERYTHING = {
     "attention": (*_ATTENTION, "FlexAttention, compiled", _ORIGINAL),
     "attention, forward and backward": (*_ATTENTION, _ORIGINAL),
+    "attention with dropout and bias, forward and backward": (),
     "relation_kl, three relations": ("eager, vectorised", "torch.compile", "a loop over samples"),
     "decode_attention, 2 layers, batch 2": ("SDPA, history gathered before",),
     "decode_attention, 2 layers, batch 1": ("SDPA, history gathered before",),
