@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,18 +43,34 @@ def room_for(examples: int, batch_size: int) -> int:
     return next(size for size in sizes_to(batch_size) if size >= examples)
 
 
+# There may be only one capture at a time in a process.
+_capturing = threading.Lock()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: libraries keep working memory for each stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
 def capture(function: Callable[[], None], device: torch.device, memory: Any) -> torch.cuda.CUDAGraph:
     """A graph of what a function does on a device. It must not wait for it, and running it twice must do no harm."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
+    side, graph = _capture_stream(device), torch.cuda.CUDAGraph()
+    with _capturing:
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream(device).wait_stream(side)
+        # Other threads may go on with what is forbidden to this one, such as pinning memory.
+        with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):
             function()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory):
-        function()
     return graph
+
+
+def pinned_like(x: torch.Tensor) -> torch.Tensor:
+    """Memory of the host for as many numbers, from and to which a device copies without the host's waiting."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
 
 
 class Prefill:
@@ -79,11 +97,9 @@ class Prefill:
         """Runs it, on a GPU in the end as a graph."""
         given = search.pack(sources, self._batch.ids.numel())
         given = torch.cat([given, torch.tensor(places, dtype=torch.int32)])
-        if self._pool.device.type == "cuda":
-            given = given.pin_memory()
-        self._numbers.copy_(given, non_blocking=True)
+        self._numbers.copy_(pinned_like(given).copy_(given) if self._pool.captures else given, non_blocking=True)
         self._uses += 1
-        if self._pool.device.type == "cuda" and self._graph is None and self._uses > PREFILL_PATIENCE:
+        if self._pool.captures and self._graph is None and self._uses > PREFILL_PATIENCE:
             self._graph = capture(lambda: self._run(search), self._pool.device, self._pool.memory)
         if self._graph is None:
             self._run(search)
@@ -110,6 +126,7 @@ class Pool:
         self.cache = search.new_cache(slots, source_capacity)
         self.buffer = torch.zeros(self.layout.bytes, dtype=torch.uint8, device=search.engine.device)
         self.device = device = self.buffer.device
+        self.captures = device.type == "cuda"
         self.state = BeamState(**self.layout.over(self.buffer))
         self._all_slots = torch.arange(slots, dtype=torch.int32, device=device)
         self.slots = self._all_slots.clone()
@@ -117,7 +134,7 @@ class Pool:
         self._rules = search.rules._replace(divisors=search.rules.divisors.to(device))
         self._ignored = search.ignored.to(device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.memory = torch.cuda.graph_pool_handle() if self.captures else None
         self._prefills: dict[tuple[int, int], Prefill] = {}
         self._wanted: Counter[int] = Counter()
         self._idle: torch.cuda.Event | None = None
@@ -133,7 +150,7 @@ class Pool:
 
     def end(self) -> None:
         """Called when the last step of a search has been started."""
-        if self.device.type == "cuda":
+        if self.captures:
             self._idle = torch.cuda.Event()
             self._idle.record(torch.cuda.current_stream(self.device))
 
@@ -141,7 +158,7 @@ class Pool:
         """For how many rows a step is to be computed that so many examples take."""
         fitting = next(size for size in self._sizes if size >= examples)
         captured = [size for size in self._graphs if size >= examples]
-        if self.device.type != "cuda" or fitting in captured or not captured:
+        if not self.captures or fitting in captured or not captured:
             return fitting
         self._wanted[fitting] += 1
         return fitting if self._wanted[fitting] > PATIENCE else min(captured)
@@ -158,7 +175,7 @@ class Pool:
 
     def step(self, search: BeamSearch, size: int) -> None:
         """One step of the first rows; on a GPU captured when the size is first used."""
-        if self.device.type != "cuda":
+        if not self.captures:
             self._step(search, size)
             return
         if size not in self._graphs:

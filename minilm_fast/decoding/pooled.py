@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from minilm_fast.decoding.pool import CAPACITY_MULTIPLE, Pool, room_for
+from minilm_fast.decoding.pool import CAPACITY_MULTIPLE, Pool, pinned_like, room_for
 from minilm_fast.decoding.result import Hypothesis
 from minilm_fast.decoding.state import winner
 from minilm_fast.errors import is_out_of_memory
@@ -39,6 +39,7 @@ class _Answers:
 
     def __init__(self, pool: Pool) -> None:
         self._part = pool.buffer[: pool.layout.answer_bytes]
+        self._captures = pool.captures
         self._layout = pool.layout
         self._pending: deque[tuple[torch.Tensor, torch.cuda.Event | None, dict[int, int]]] = deque()
 
@@ -47,10 +48,10 @@ class _Answers:
 
     def send(self, rows: dict[int, int]) -> None:
         """Starts the copy; ``rows``: the row of each example."""
-        if self._part.device.type != "cuda":
+        if not self._captures:
             self._pending.append((self._part.clone(), None, dict(rows)))
             return
-        host = torch.empty(self._part.shape, dtype=self._part.dtype, pin_memory=True)
+        host = pinned_like(self._part)
         host.copy_(self._part, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
