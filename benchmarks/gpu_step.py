@@ -50,7 +50,7 @@ def step_layers(size: Size) -> Iterator[Case]:
         x = torch.randn(rows, hidden, device=size.device).to(size.dtype)
 
         def ours(x: torch.Tensor = x) -> list[torch.Tensor]:
-            return [few.layers(x, 1, lambda layer, q, k, v: q)]
+            return [few.layers(x, 1, lambda layer, q, k, v, early: q)]
 
         def apart(x: torch.Tensor = x) -> list[torch.Tensor]:
             return [separate(x)]

@@ -30,7 +30,7 @@ OPERATORS = (
     *("attention", "attention_backward", "projected_attention", "projected_attention_backward"),
     *("relation_kl", "relation_kl_backward"),
     *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "advance_beams"),
-    *("step_linear", "step_norm", "step_embedding"),
+    *("step_linear", "step_norm", "step_embedding", "decode_attention_early"),
 )
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (
@@ -142,6 +142,18 @@ def kernel_before(function: Callable[[], None]) -> Iterator[None]:
     finally:
         library.emulation_set_kernel_before(None)
     assert called == [True], "no kernel was launched early"
+
+
+def written_late(tensors: dict[str, torch.Tensor | None]) -> tuple[dict[str, torch.Tensor | None], Callable[[], None]]:
+    """Tensors full of NaN in the place of these, and what fills them in, for :func:`kernel_before`."""
+    empty = {name: None if x is None else torch.full_like(x, float("nan")) for name, x in tensors.items()}
+
+    def fill() -> None:
+        for name, x in tensors.items():
+            if x is not None:
+                empty[name].copy_(x)
+
+    return empty, fill
 
 
 @contextmanager

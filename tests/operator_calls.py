@@ -88,7 +88,8 @@ def decoding_calls(device: str) -> Iterator[Call]:
     for name in ("source_k", "source_v", "history_k", "history_v"):
         arguments[name].nan_to_num_()
     arguments["ancestry"].clamp_(min=0)
-    yield "decode_attention", [_moved(x, device) for x in arguments.values()]
+    for name in ("decode_attention", "decode_attention_early"):
+        yield name, [_moved(x, device) for x in arguments.values()]
     counts = [torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 7], [4, 2], [2, 0])]
     caches = [torch.zeros(3, 2, 32, 16), torch.zeros(3, 2, 16, 32), torch.zeros(3, dtype=torch.int32)]
     yield "store_source", [_moved(x, device) for x in (*torch.randn(2, 7, 2, 32), *counts, *caches)]

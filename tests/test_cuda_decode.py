@@ -17,7 +17,7 @@ from minilm_fast.modeling.packed_encoder import attention_dtype
 from minilm_fast.ops import _cuda, _dispatch
 
 OPERATORS = {
-    "decode_attention": {"_op": "decode_attention", "_store_op": "store_source"},
+    "decode_attention": {"_op": "decode_attention", "_early_op": "decode_attention_early", "_store_op": "store_source"},
     "linear": {"_head_op": "lm_head_topk"},
     "beam": {"_ban_op": "ban_repeated_ngrams", "_advance_op": "advance_beams"},
     "step": {"_linear_op": "step_linear", "_norm_op": "step_norm", "_embedding_op": "step_embedding"},

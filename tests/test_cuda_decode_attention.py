@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import decode_steps
 import pytest
 import torch
 from decode_steps import NAN, Arguments, Shape
-from emulated_cuda import operators, poisoned_results, running_backwards
+from emulated_cuda import kernel_before, operators, poisoned_results, running_backwards, written_late
 from kernel_checks import assert_accurate
 
 from minilm_fast.ops import reference
@@ -49,6 +52,21 @@ def _check(arguments: Arguments) -> None:
 @pytest.mark.parametrize("bias", [None, 5])
 def test_head_sizes(dtype: torch.dtype, size: int, bias: int | None) -> None:
     _check(_arguments(Shape(lengths=(0, 17, 90, 1), source=96, size=size, bias=bias), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [nullcontext, running_backwards])
+def test_an_early_kernel_reads_no_queries_keys_and_values_before_the_others_end(
+    dtype: torch.dtype, order: Callable[[], AbstractContextManager[None]]
+) -> None:
+    arguments = _arguments(Shape(lengths=(90, 0, 17), steps=(3, 0, 24), source=96), dtype)
+    plain, early = decode_steps.copy(arguments), decode_steps.copy(arguments)
+    expected = operators().decode_attention(*plain.values())
+    empty, fill = written_late({name: early[name] for name in ("q", "k", "v")})
+    with order(), kernel_before(fill):
+        out = operators().decode_attention_early(*(early | empty).values())
+    assert torch.equal(out, expected)
+    assert torch.equal(decode_steps.bits(early["history_k"]), decode_steps.bits(plain["history_k"]))
 
 
 @pytest.mark.parametrize("beams", [1, 3, 8, 9, 17])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
-from emulated_cuda import kernel_before, operators, poisoned_results, running_backwards
+from emulated_cuda import kernel_before, operators, poisoned_results, running_backwards, written_late
 from step_cases import EPS, Arguments, check_embedding, check_linear, check_norm, embedding, linear
 
 from minilm_fast import ops
@@ -61,18 +60,6 @@ def test_many_features() -> None:
     _check(linear(3, 4096, 8, torch.bfloat16, norm=False, residual=True, gelu=False, wide=True))
 
 
-def _late(tensors: dict[str, torch.Tensor | None]) -> tuple[dict[str, torch.Tensor | None], Callable[[], None]]:
-    """Tensors full of NaN in the place of these, and what fills them in."""
-    empty = {name: None if x is None else torch.full_like(x, float("nan")) for name, x in tensors.items()}
-
-    def fill() -> None:
-        for name, x in tensors.items():
-            if x is not None:
-                empty[name].copy_(x)
-
-    return empty, fill
-
-
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("rows", "features", "outputs"), [(1, 8, 8), (10, 1024, 16), (70, 384, 384), (200, 136, 776)])
 def test_an_early_kernel_reads_only_the_weight_before_the_others_end(
@@ -82,7 +69,7 @@ def test_an_early_kernel_reads_only_the_weight_before_the_others_end(
     plain = operators().step_linear(*arguments.values())
     written = {name: arguments[name] for name in ("x", "bias", "residual", "norm_weight", "norm_bias")}
     for order in (nullcontext, running_backwards):
-        empty, fill = _late(written)
+        empty, fill = written_late(written)
         with order(), kernel_before(fill):
             early = operators().step_linear(*(arguments | empty | {"early": True}).values())
         assert all(map(torch.equal, plain, early))
@@ -91,7 +78,7 @@ def test_an_early_kernel_reads_only_the_weight_before_the_others_end(
 def test_an_early_norm_reads_nothing_before_the_others_end() -> None:
     written = {"x": torch.randn(9, 384), "weight": torch.randn(384), "bias": torch.randn(384)}
     plain = operators().step_norm(*written.values(), EPS, torch.bfloat16, False)
-    empty, fill = _late(written)
+    empty, fill = written_late(written)
     with kernel_before(fill):
         assert torch.equal(plain, operators().step_norm(*empty.values(), EPS, torch.bfloat16, True))
 

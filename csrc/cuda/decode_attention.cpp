@@ -29,6 +29,7 @@ void check_rows(const char* op, const char* name, const at::Tensor& x, const at:
   check_shape(op, name, x, q.sizes());
 }
 
+template <bool kEarly>
 at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k_any, const at::Tensor& v_any,
                             const at::Tensor& source_k, const at::Tensor& source_v, const at::Tensor& source_lengths,
                             at::Tensor& history_k, at::Tensor& history_v, const at::Tensor& ancestry,
@@ -82,6 +83,7 @@ at::Tensor decode_attention(const at::Tensor& q_any, const at::Tensor& k_any, co
   p.source_capacity = static_cast<int32_t>(source_k.size(3));
   p.history_capacity = static_cast<int32_t>(history);
   p.scale = static_cast<float>(scale);
+  p.early = kEarly;
   check_launch(kOp, launch_decode_attention(p, launching.stream()));
   return out;
 }
@@ -126,6 +128,7 @@ void store_source(const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu
 }  // namespace minilm_fast::cuda
 
 MINILM_FAST_CUDA_LIBRARY(m) {
-  m.impl("decode_attention", &minilm_fast::cuda::decode_attention);
+  m.impl("decode_attention", &minilm_fast::cuda::decode_attention<false>);
+  m.impl("decode_attention_early", &minilm_fast::cuda::decode_attention<true>);
   m.impl("store_source", &minilm_fast::cuda::store_source);
 }

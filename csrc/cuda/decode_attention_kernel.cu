@@ -333,7 +333,6 @@ template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads) decode_attention_kernel(DecodeAttention p) {
   using Shape = TileShape<T, kSize>;
   using Layout = SharedLayout<T, kSize>;
-  let_next_start();
   const int warp = threadIdx.x / kLanes;
   Group group;
   group.head = blockIdx.x;
@@ -348,6 +347,16 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(DecodeAttent
   unsigned char* tiles = shared + warp * kStages * 2 * kTileBytes;
   auto* entries = reinterpret_cast<TailEntry*>(shared + Layout::kEntries);
   auto* counts = reinterpret_cast<int32_t*>(shared + Layout::kCounts);
+  // If launched early, all that the kernel before may be writing still is q, k and v.
+  const int all_source_tiles = (group.length + Shape::kKeys - 1) / Shape::kKeys;
+  for (int s = 0; s < kStages; ++s) {
+    const int tile = warp + s * kWarps;
+    if (tile >= all_source_tiles) break;
+    stage_source<T, kSize>(p, group, tile * Shape::kKeys, tiles + s * 2 * kTileBytes);
+    commit_copies();
+  }
+  wait_for_previous();
+  let_next_start();
   load_queries<T, kSize>(p, group, shared + Layout::kQ);
   store_history<T, kSize>(p, group);
   __syncthreads();
@@ -361,13 +370,7 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(DecodeAttent
   const int span = (kTailEntries - kGroupRows) / group.beams;
   for (int begin = 0;; begin += span) {
     const int end = min(group.step, begin + span);
-    const int source_tiles = begin == 0 ? (group.length + Shape::kKeys - 1) / Shape::kKeys : 0;
-    for (int s = 0; s < kStages; ++s) {
-      const int tile = warp + s * kWarps;
-      if (tile >= source_tiles) break;
-      stage_source<T, kSize>(p, group, tile * Shape::kKeys, tiles + s * 2 * kTileBytes);
-      commit_copies();
-    }
+    const int source_tiles = begin == 0 ? all_source_tiles : 0;
     const int count = list_tail(p, group, begin, end, entries, counts);
     const int all = source_tiles + (count + Shape::kKeys - 1) / Shape::kKeys;
     for (int s = 0; s < kStages; ++s) {
@@ -405,7 +408,8 @@ template <typename T, int kSize>
 cudaError_t launch_instance(const DecodeAttention& p, cudaStream_t stream) {
   const int most = kGroupRows / p.rows;
   const dim3 grid(p.heads, (p.beams + most - 1) / most, p.examples);
-  return launch(decode_attention_kernel<T, kSize>, grid, dim3(kThreads), SharedLayout<T, kSize>::kBytes, stream, p);
+  return launch(p.early, decode_attention_kernel<T, kSize>, grid, dim3(kThreads), SharedLayout<T, kSize>::kBytes,
+                stream, p);
 }
 
 template <typename T>

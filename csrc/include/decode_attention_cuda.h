@@ -30,6 +30,7 @@ struct DecodeAttention {
   int32_t examples, beams, rows, heads, size;
   int32_t source_capacity, history_capacity;
   float scale;
+  bool early;  // may start before the kernel before has ended, which must not write caches or integers
 };
 
 // Head sizes 32, 64 and 128; cudaErrorInvalidValue for others.

@@ -27,8 +27,8 @@ MOST_ROWS = 512
 OVERLAP = False
 """Kernels start before the one before has ended and fetch their weights meanwhile, where the GPU can (programmatic
 dependent launch). Off until it has been timed."""
-Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Of a layer's number, queries, keys and values ``[rows, H, D]``."""
+Attention = Callable[[int, Tensor, Tensor, Tensor, bool], Tensor]
+"""Of a layer's number, queries, keys and values ``[rows, H, D]``, and whether its kernel may start early."""
 
 
 def overlap(device: torch.device) -> bool:
@@ -116,7 +116,8 @@ class FewRows:
         norm: PackedNorm | None = None
         for index, layer in enumerate(self._layers):
             projected, x = project(layer.projection, x, norm)
-            context = attention(index, *projected.view(x.shape[0], 3, self._heads, -1).unbind(1))
+            q, k, v = projected.view(x.shape[0], 3, self._heads, -1).unbind(1)
+            context = attention(index, q, k, v, overlap(x.device))
             if index == len(self._layers) - 1:
                 context, x = context[rows - 1 :: rows], x[rows - 1 :: rows]
             x = _block(layer.block, context.flatten(1), x)

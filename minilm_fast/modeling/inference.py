@@ -263,7 +263,9 @@ class InferenceEngine:
             x = few.embed.few_rows(last_ids, mask_id, slots, steps, cache.source_lengths, type_id)
             return few.layers(
                 *(x, rows),
-                lambda layer, q, k, v: self._decode_attention(layer, q, k, v, slots, steps, ancestry, rows, cache),
+                lambda layer, q, k, v, early: self._decode_attention(
+                    layer, q, k, v, slots, steps, ancestry, rows, cache, early
+                ),
             )
         ids = last_ids[:, :, None]
         if mask_id is not None:
@@ -293,6 +295,7 @@ class InferenceEngine:
         ancestry: torch.Tensor,
         rows: int,
         cache: DecodeCache,
+        early: bool = False,
     ) -> torch.Tensor:
         return ops.decode_attention(
             q,
@@ -309,6 +312,7 @@ class InferenceEngine:
             rows,
             self.scale,
             self.relative_bias,
+            early=early,
         )
 
     def predict(

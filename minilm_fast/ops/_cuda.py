@@ -17,7 +17,7 @@ DIFFERENTIABLE = {"attention", "projected_attention", "relation_kl"}
 KERNELS = {
     *DIFFERENTIABLE,
     *("decode_attention", "store_source", "lm_head_topk", "ban_repeated_ngrams", "advance_beams"),
-    *("step_linear", "step_norm", "step_embedding"),
+    *("step_linear", "step_norm", "step_embedding", "decode_attention_early"),
 }
 """The operators with C++ kernels."""
 COMPOSED = {"pack_weight", "linear", "add_layer_norm", "embed_layer_norm", "pool_sequences"}

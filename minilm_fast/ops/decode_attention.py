@@ -20,12 +20,14 @@ def _fake(q: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
-_op = define(
-    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor source_k, Tensor source_v, Tensor source_lengths, "
+_ARGUMENTS = (
+    "(Tensor q, Tensor k, Tensor v, Tensor source_k, Tensor source_v, Tensor source_lengths, "
     "Tensor(a!) history_k, Tensor(b!) history_v, Tensor ancestry, Tensor slots, Tensor steps, int rows, "
-    "float scale, Tensor? relative_bias) -> Tensor",
-    reference=reference.decode_attention,
-    fake=_fake,
+    "float scale, Tensor? relative_bias) -> Tensor"
+)
+_op = define(f"decode_attention{_ARGUMENTS}", reference=reference.decode_attention, fake=_fake)
+_early_op = define(
+    f"decode_attention_early{_ARGUMENTS}", reference=reference.decode_attention, fake=_fake, cpu_kernel=False
 )
 _store_op = define(
     "store_source(Tensor k, Tensor v, Tensor cu_seqlens, Tensor source_counts, Tensor slots, "
@@ -50,6 +52,8 @@ def decode_attention(
     rows: int,
     scale: float,
     relative_bias: torch.Tensor | None = None,
+    *,
+    early: bool = False,
 ) -> torch.Tensor:
     """Attention of one decoding step (module docstring). Writes row 0's key and value into the history.
 
@@ -66,6 +70,8 @@ def decode_attention(
         rows: 1 or 2.
         scale: factor of the scores.
         relative_bias: fp32 ``[H, 2R + 1]`` as for :func:`minilm_fast.ops.attention`.
+        early: the CUDA kernel may start before the one before it on the stream has ended, which may write no argument
+            but ``q``, ``k`` and ``v`` (see :func:`minilm_fast.ops.step_linear`).
 
     Returns:
         ``[E * B * rows, H, D]`` in the dtype of ``q``.
@@ -77,7 +83,7 @@ def decode_attention(
     args = (q, k, v, source_k, source_v, source_lengths, history_k, history_v, ancestry, slots, steps)
     if select("decode_attention", q, source_k, refusals=_cuda.refuse_decode(q, source_k)) == "reference":
         return reference.decode_attention(*args, rows, scale, relative_bias)
-    return _op(*args, rows, scale, relative_bias)
+    return (_early_op if early else _op)(*args, rows, scale, relative_bias)
 
 
 def store_source(
