@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -187,6 +188,21 @@ def test_what_it_cannot_do_has_a_reason(
     q = torch.zeros(shape, dtype=dtype)
     with backend("cuda"), pytest.raises(UserError, match=f"backend 'cuda' cannot run attention: .*{reason}"):
         ops.attention(q, q, q, SequenceLayout.causal([3]))
+
+
+def test_padded_gradients_know_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice of their own, in the backward pass, is made with the same reasons."""
+    asked: list[dict[str, str | None]] = []
+    module = sys.modules["minilm_fast.ops.padded_attention"]
+
+    def select(*tensors: object, refusals: dict[str, str | None]) -> str:
+        asked.append(refusals)
+        return "reference"
+
+    monkeypatch.setattr(module, "select", select)
+    q = torch.randn(1, 3, 2, 48, requires_grad=True)
+    ops.padded_attention(q, q, q).sum().backward()
+    assert "head size 48" in str(asked[-1]["triton"]) and "float32, not fp16" in str(asked[-1]["cuda"])
 
 
 def test_a_gradient_of_a_far_bias_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:

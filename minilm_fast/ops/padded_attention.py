@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm_fast.ops import _triton
 from minilm_fast.ops._dispatch import select
 from minilm_fast.ops._library import LIBRARY
-from minilm_fast.ops.attention import _backward_op, _reference_backward, _triton_backward_op, attention
+from minilm_fast.ops.attention import (
+    _backward_op,
+    _reference_backward,
+    _refusals,
+    _triton_backward_op,
+    attention,
+)
 from minilm_fast.ops.layout import SequenceLayout
 
 _OPTIONS = "Tensor? mask, bool causal, float scale, float dropout, Tensor? seed"
@@ -108,7 +113,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     packing = _packing(q, mask, causal)
     grad_rows, *rows, out_rows = (packing.rows(x) for x in (grad_out, q, k, v, out))
-    backend = select("attention", *rows, refusals=_triton.refuse_attention(rows[0]))
+    backend = select("attention", *rows, refusals=_refusals(rows[0], None))
     run = {"reference": _reference_backward, "triton": _triton_backward_op}.get(backend, _backward_op)
     layout = packing.layout
     sequences = (layout.cu_seqlens, layout.segments, None, layout.max_seqlen)
