@@ -68,7 +68,10 @@ run() {
 
 build() {
   local folder=build/gpu  # kept, so that a second run builds only what has changed
-  "$python" -m cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DMINILM_FAST_CUDA=ON \
+  local architecture
+  architecture=$("$python" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability(0))') &&
+    "$python" -m cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DMINILM_FAST_CUDA=ON \
+    -DCMAKE_CUDA_ARCHITECTURES="$architecture" \
     -DPython_EXECUTABLE="$(command -v "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" &&
     "$python" -m ninja -C "$folder" && cp "$folder"/_C*.so minilm_fast/
 }
@@ -90,7 +93,7 @@ if wanted build; then
   else
     export -f build
     export out python
-    run build 150 bash -c build
+    run build 200 bash -c build
   fi
 fi
 
