@@ -1,8 +1,10 @@
 #include "relation_kl_tile.cuh"
 
 // The forward pass. What is taken off the exponents has no effect on the results but for overflow, which in fp32 is far
-// away: a row takes the largest of its first 16 scores, and maxima are sought further on only where it does not see
-// everything. Should a sum overflow all the same, the block does its rows again, with maxima.
+// away, and for the rounding of exponents far from 0. Of a symmetric relation a row takes the largest of
+// its scores with the rows of its warp, among which it is itself, else of its first 16; maxima are sought further on
+// only where it does not see everything. Should a sum overflow all the same, the block does its rows again, with
+// maxima.
 namespace minilm_fast::cuda {
 namespace {
 
@@ -35,13 +37,14 @@ class RelationSums {
   }
 
   // Adds the columns of a tile from `column` on, all of which all rows see; each row has seen one before.
-  __device__ void add_seen(const unsigned char* tile, int column) {
+  __device__ void add_seen(const unsigned char* teacher_tile, const unsigned char* student_tile, int column) {
     const int teacher_offset = lane_matrix_offset<Shape::kTeacherBytes>(true);
     const int student_offset = lane_matrix_offset<Shape::kStudentBytes>(true);
 #pragma unroll 1
     for (; column < kAttentionColumns; column += kGroup) {
       Scores t, s;
-      multiply_group(tile, teacher_offset, student_offset, column, t, s);
+      teacher_.multiply_group(t, teacher_tile, teacher_offset, column);
+      student_.multiply_group(s, student_tile, student_offset, column);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -54,17 +57,19 @@ class RelationSums {
     }
   }
 
-  // Adds columns [begin, end) of a tile, of which no row sees more, with maxima. Row and column 0 of the tile are
-  // `first_row` and `first_column` of the sequence.
-  __device__ void add_masked(const Sequence& sequence, const unsigned char* tile, int first_row, int first_column,
-                             int begin, int end) {
+  // Raises what is taken off the exponents to the largest scores of the first `columns` of a tile, and with kAdd adds
+  // these columns, of which a row may see some. Row and column 0 are `first_row` and `first_column` of the sequence.
+  template <bool kAdd>
+  __device__ void take_masked(const Sequence& sequence, const unsigned char* teacher_tile,
+                              const unsigned char* student_tile, int first_row, int first_column, int columns) {
     const int teacher_offset = lane_matrix_offset<Shape::kTeacherBytes>(true);
     const int student_offset = lane_matrix_offset<Shape::kStudentBytes>(true);
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
 #pragma unroll 1
-    for (int column = begin; column < end; column += kGroup) {
+    for (int column = 0; column < columns; column += kGroup) {
       Scores t, s;
-      multiply_group(tile, teacher_offset, student_offset, column, t, s);
+      teacher_.multiply_group(t, teacher_tile, teacher_offset, column);
+      student_.multiply_group(s, student_tile, student_offset, column);
       // Else what the rows see is computed once and kept, for which the registers are too few.
       asm volatile("" : "+r"(first_row));
 #pragma unroll
@@ -84,6 +89,7 @@ class RelationSums {
             student_most = largest_or_nan(student_most, y);
           }
           raise(b, half, teacher_most, student_most);
+          if (!kAdd) continue;
           // Nothing is taken off before the row has seen a column.
           const bool none = teacher_taken_[b][half] == -INFINITY;
           const float teacher_taken = none ? 0.0f : teacher_taken_[b][half];
@@ -104,11 +110,12 @@ class RelationSums {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int half = 0; half < 2; ++half) {
         for (float* sum : {&teacher_sum_[b][half], &student_sum_[b][half], &excess_[b][half]}) {
           *sum = sum_of_row(*sum);
           found |= !(fabsf(*sum) <= kLargestTotal);
         }
+      }
     return __any_sync(kFullWarp, found);
   }
 
@@ -136,12 +143,6 @@ class RelationSums {
   }
 
  private:
-  __device__ void multiply_group(const unsigned char* tile, int teacher_offset, int student_offset, int column,
-                                 Scores& t, Scores& s) const {
-    teacher_.multiply_group(t, tile, teacher_offset, column);
-    student_.multiply_group(s, tile + kAttentionColumns * Shape::kTeacherBytes, student_offset, column);
-  }
-
   __device__ void add(int b, int half, float x, float y, float difference) {
     const float p = exp2_approximate(x);
     teacher_sum_[b][half] += p;
@@ -214,13 +215,14 @@ __device__ void meet_columns(const RelationKl& p, const Sequence& sequence, int 
     // Also: all warps are done with what the next copies replace.
     __syncthreads();
     stage(following, 1 - place);
-    const unsigned char* tile = shared + place * Shape::kStageBytes;
+    const unsigned char* teacher_tile = shared + place * Shape::kStageBytes;
+    const unsigned char* student_tile = teacher_tile + kAttentionColumns * Shape::kTeacherBytes;
     const Rectangle met = {first_row, first_row + Shape::kWarpRows, column, column + kAttentionColumns};
     if (met.any_seen(sequence)) {
-      // The first columns of all decide what is taken off the exponents.
-      const int masked = with_maxima || !met.all_seen(sequence) ? kAttentionColumns : column == 0 ? kGroup : 0;
-      if (masked > 0) sums.add_masked(sequence, tile, first_row, column, 0, masked);
-      if (masked < kAttentionColumns) sums.add_seen(tile, masked);
+      const bool maxima = with_maxima || !met.all_seen(sequence);
+      const int masked = maxima ? kAttentionColumns : column == 0 && !p.symmetric ? kGroup : 0;
+      if (masked > 0) sums.template take_masked<true>(sequence, teacher_tile, student_tile, first_row, column, masked);
+      if (masked < kAttentionColumns) sums.add_seen(teacher_tile, student_tile, masked);
     }
     column = following;
   }
@@ -247,9 +249,12 @@ __global__ void __launch_bounds__(kAttentionThreads, Shape::kResident) relation_
   __syncthreads();
 
   const int first_row = block_row + warp * Shape::kWarpRows;
-  RelationSums<T, Shape> sums(
-      p, own + warp * Shape::kWarpRows * Shape::kTeacherBytes,
-      own + Shape::kRows * Shape::kTeacherBytes + warp * Shape::kWarpRows * Shape::kStudentBytes);
+  const unsigned char* own_teacher = own + warp * Shape::kWarpRows * Shape::kTeacherBytes;
+  const unsigned char* own_student =
+      own + Shape::kRows * Shape::kTeacherBytes + warp * Shape::kWarpRows * Shape::kStudentBytes;
+  RelationSums<T, Shape> sums(p, own_teacher, own_student);
+  if (p.symmetric)
+    sums.template take_masked<false>(sequence, own_teacher, own_student, first_row, first_row, Shape::kWarpRows);
 #pragma unroll 1
   for (int with_maxima = 0; with_maxima < 2; ++with_maxima) {
     meet_columns<T, Shape>(p, sequence, head, block_row, first_row, with_maxima != 0, shared, sums);
