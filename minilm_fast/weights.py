@@ -58,9 +58,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if file.name.endswith(".index.json"):
         return _read_shards(file)
     head = _read_head(file)
-    if head.startswith(_ZIP_MAGIC) or head[:1] == b"\x80":
-        return _read_pickle(file, zipped=head.startswith(_ZIP_MAGIC))
-    return _read_safetensors(file)
+    if _header_size(head) is not None:
+        return _read_safetensors(file)
+    return _read_pickle(file, zipped=head.startswith(_ZIP_MAGIC))
 
 
 def _read_head(file: Path) -> bytes:
@@ -82,11 +82,20 @@ def _read_head(file: Path) -> bytes:
     return head
 
 
+def _header_size(head: bytes) -> int | None:
+    """Of a safetensors file, the length of its header; None of anything else.
+
+    Its first byte may well be that of a pickle, which goes on with other bytes than zeros.
+    """
+    length: int = struct.unpack("<Q", head[:8])[0] if len(head) >= 9 else 0
+    return length if head[8:9] == b"{" and length < 1 << 40 else None
+
+
 def _check_format(file: Path, head: bytes, size: int) -> None:
-    if head.startswith(_ZIP_MAGIC) or head[:1] == b"\x80":
-        return
-    header_size = struct.unpack("<Q", head[:8])[0] if len(head) >= 9 else 0
-    if head[8:9] != b"{" or header_size >= 1 << 40:
+    header_size = _header_size(head)
+    if header_size is None:
+        if head.startswith(_ZIP_MAGIC) or head[:1] == b"\x80":
+            return
         raise UserError(f"{file}: not a weights file (neither safetensors nor a PyTorch file)")
     if 8 + header_size > size:
         raise UserError(f"{file}: the file is cut off ({size} bytes, its header alone says {8 + header_size})")
