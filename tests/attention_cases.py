@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -165,3 +168,26 @@ def batch(
         positions = torch.randint(-5, 2 * bias, (layout.total,), dtype=torch.int32, generator=generator)
         found.position_ids = positions.to(device)
     return found
+
+
+def _batches() -> Iterator[tuple[str, Callable[[], Batch]]]:
+    for (mask, counts), dtype in product(COUNTS.items(), DTYPES):
+        layout = SequenceLayout.from_counts(*counts)
+        yield f"{mask} {dtype}", partial(batch, layout, 32, dtype)
+    layout = SequenceLayout.from_counts([70, 1], [21, 0], [21, 0])
+    for size, bias, dtype in product((32, 64, 128), (None, 9), DTYPES):
+        yield f"head size {size}, bias {bias}, {dtype}", partial(batch, layout, size, dtype, bias=bias, heads=1)
+    layout = SequenceLayout.from_counts([134, 0, 2], [13, 1, 0], [13, 7, 0])
+    for counts, bias in product(([0, 0, 0], [160, 7, 0], [40, 8, 2]), (None, 200)):
+        few = layout.with_queries(counts)
+        yield f"{counts} rows ask, bias {bias}", partial(batch, few, 32, torch.bfloat16, bias=bias)
+    # Longer than the 128 columns of one draw.
+    layout = SequenceLayout.from_counts([240, 1], [40, 0], [40, 0])
+    for size, bias in product((32, 64, 128), (None, 9)):
+        name, few = f"dropout, head size {size}, bias {bias}", layout.with_queries([70, 1])
+        yield name, partial(batch, layout, size, torch.float16, bias=bias, heads=1, dropout=0.3)
+        yield f"{name}, few rows", partial(batch, few, size, torch.bfloat16, bias=bias, heads=2, dropout=0.1)
+
+
+BATCHES = dict(_batches())
+"""What forward and backward pass are both tried on."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from attention_cases import COUNTS, DTYPES, SEED, Batch, batch
+from attention_cases import BATCHES, SEED, Batch, batch
 from emulated_cuda import operators, poisoned_results, running_backwards
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,34 +31,9 @@ def _check(case: Batch) -> None:
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
 
 
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_masks(counts: tuple[list[int], ...], dtype: torch.dtype) -> None:
-    _check(batch(SequenceLayout.from_counts(*counts), 32, dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("bias", [None, 9])
-def test_head_sizes_and_bias(size: int, dtype: torch.dtype, bias: int | None) -> None:
-    _check(batch(SequenceLayout.from_counts([70, 1], [21, 0], [21, 0]), size, dtype, bias=bias, heads=1))
-
-
-@pytest.mark.parametrize("counts", [[0, 0, 0], [160, 7, 0], [40, 8, 2]])
-@pytest.mark.parametrize("bias", [None, 200])
-def test_few_rows_ask(counts: list[int], bias: int | None) -> None:
-    layout = SequenceLayout.from_counts([134, 0, 2], [13, 1, 0], [13, 7, 0]).with_queries(counts)
-    _check(batch(layout, 32, torch.bfloat16, bias=bias))
-
-
-@pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("bias", [None, 9])
-def test_dropout(size: int, bias: int | None) -> None:
-    """Sequences longer than the 128 columns of one draw."""
-    layout = SequenceLayout.from_counts([240, 1], [40, 0], [40, 0])
-    _check(batch(layout, size, torch.float16, bias=bias, heads=1, dropout=0.3))
-    few = layout.with_queries([70, 1])
-    _check(batch(few, size, torch.bfloat16, bias=bias, heads=2, dropout=0.1))
+@pytest.mark.parametrize("make", BATCHES.values(), ids=BATCHES.keys())
+def test_batches(make: Callable[[], Batch]) -> None:
+    _check(make())
 
 
 def test_dropped_elements() -> None:

@@ -1,4 +1,5 @@
 #include "attention_cuda.h"
+#include "attention_dispatch.cuh"
 #include "attention_gradients.cuh"
 #include "cuda_device.cuh"
 
@@ -186,49 +187,23 @@ cudaError_t launch_rows(const AttentionGradients& p, cudaStream_t stream) {
 }
 
 template <typename T, int kSize, bool kBias, bool kDropout>
-cudaError_t launch_instance(const AttentionGradients& p, cudaStream_t stream) {
-  using Columns = ColumnKernel<T, kSize, kBias, kDropout>;
-  const cudaError_t error = kBias && p.bias_sums != nullptr ? launch_rows<T, kSize, kBias, kDropout, kBias>(p, stream)
-                                                            : launch_rows<T, kSize, kBias, kDropout, false>(p, stream);
-  if (error != cudaSuccess) return error;
-  return launch(attention_column_gradients_kernel<T, kSize, kBias, kDropout>, grid_of(p, Columns::kColumns),
-                dim3(kAttentionThreads), Columns::kSharedBytes, stream, p);
-}
-
-template <typename T, int kSize>
-cudaError_t launch_extras(const AttentionGradients& p, cudaStream_t stream) {
-  const bool bias = p.forward.relative_bias != nullptr;
-  if (p.forward.dropout.threshold > 0)
-    return bias ? launch_instance<T, kSize, true, true>(p, stream) : launch_instance<T, kSize, false, true>(p, stream);
-  return bias ? launch_instance<T, kSize, true, false>(p, stream) : launch_instance<T, kSize, false, false>(p, stream);
-}
-
-template <typename T>
-cudaError_t launch_size(const AttentionGradients& p, cudaStream_t stream) {
-  switch (p.forward.size) {
-    case 32:
-      return launch_extras<T, 32>(p, stream);
-    case 64:
-      return launch_extras<T, 64>(p, stream);
-    case 128:
-      return launch_extras<T, 128>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
+struct BackwardLaunch {
+  static cudaError_t run(const AttentionGradients& p, cudaStream_t stream) {
+    using Columns = ColumnKernel<T, kSize, kBias, kDropout>;
+    const cudaError_t error = kBias && p.bias_sums != nullptr
+                                  ? launch_rows<T, kSize, kBias, kDropout, kBias>(p, stream)
+                                  : launch_rows<T, kSize, kBias, kDropout, false>(p, stream);
+    if (error != cudaSuccess) return error;
+    return launch(attention_column_gradients_kernel<T, kSize, kBias, kDropout>, grid_of(p, Columns::kColumns),
+                  dim3(kAttentionThreads), Columns::kSharedBytes, stream, p);
   }
-}
+};
 
 }  // namespace
 
 cudaError_t launch_attention_backward(const AttentionGradients& p, cudaStream_t stream) {
   if (p.forward.max_seqlen == 0 || p.forward.batch == 0 || p.forward.heads == 0) return cudaSuccess;
-  switch (p.forward.dtype) {
-    case Dtype::kHalf:
-      return launch_size<__half>(p, stream);
-    case Dtype::kBFloat16:
-      return launch_size<__nv_bfloat16>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_attention_instance<BackwardLaunch>(p.forward, p, stream);
 }
 
 }  // namespace minilm_fast::cuda

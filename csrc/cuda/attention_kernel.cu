@@ -1,4 +1,5 @@
 #include "attention_cuda.h"
+#include "attention_dispatch.cuh"
 #include "attention_mask.cuh"
 #include "attention_rows.cuh"
 #include "cuda_device.cuh"
@@ -73,47 +74,20 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionShape<kSize, kBias
 }
 
 template <typename T, int kSize, bool kBias, bool kDropout>
-cudaError_t launch_instance(const Attention& p, cudaStream_t stream) {
-  using Shape = AttentionShape<kSize, kBias, kDropout>;
-  const dim3 grid((p.max_seqlen + Shape::kRows - 1) / Shape::kRows, p.heads, p.batch);
-  return launch(attention_forward_kernel<T, kSize, kBias, kDropout>, grid, dim3(kAttentionThreads), Shape::kSharedBytes,
-                stream, p);
-}
-
-template <typename T, int kSize>
-cudaError_t launch_extras(const Attention& p, cudaStream_t stream) {
-  const bool bias = p.relative_bias != nullptr;
-  if (p.dropout.threshold > 0)
-    return bias ? launch_instance<T, kSize, true, true>(p, stream) : launch_instance<T, kSize, false, true>(p, stream);
-  return bias ? launch_instance<T, kSize, true, false>(p, stream) : launch_instance<T, kSize, false, false>(p, stream);
-}
-
-template <typename T>
-cudaError_t launch_size(const Attention& p, cudaStream_t stream) {
-  switch (p.size) {
-    case 32:
-      return launch_extras<T, 32>(p, stream);
-    case 64:
-      return launch_extras<T, 64>(p, stream);
-    case 128:
-      return launch_extras<T, 128>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
+struct ForwardLaunch {
+  static cudaError_t run(const Attention& p, cudaStream_t stream) {
+    using Shape = AttentionShape<kSize, kBias, kDropout>;
+    const dim3 grid((p.max_seqlen + Shape::kRows - 1) / Shape::kRows, p.heads, p.batch);
+    return launch(attention_forward_kernel<T, kSize, kBias, kDropout>, grid, dim3(kAttentionThreads),
+                  Shape::kSharedBytes, stream, p);
   }
-}
+};
 
 }  // namespace
 
 cudaError_t launch_attention(const Attention& p, cudaStream_t stream) {
   if (p.queries == 0 || p.heads == 0) return cudaSuccess;
-  switch (p.dtype) {
-    case Dtype::kHalf:
-      return launch_size<__half>(p, stream);
-    case Dtype::kBFloat16:
-      return launch_size<__nv_bfloat16>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_attention_instance<ForwardLaunch>(p, p, stream);
 }
 
 }  // namespace minilm_fast::cuda
