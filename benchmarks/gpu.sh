@@ -99,7 +99,7 @@ fi
 
 if wanted tests; then
   run tests 150 "$python" -m pytest -p no:cacheprovider -m gpu tests/test_cuda_device.py \
-    tests/test_cuda_goldens.py tests/test_cuda_encode.py
+    tests/test_cuda_goldens.py tests/test_cuda_encode.py tests/test_ops_adamw.py
   run triton 100 "$python" -m pytest -p no:cacheprovider tests/test_triton_attention.py tests/test_triton_relation_kl.py \
     tests/test_triton_loss.py tests/test_triton_norm.py
 fi

@@ -7,7 +7,7 @@ import torch
 from kernel_checks import ISAS, assert_accurate, instruction_set, threads
 
 from minilm_fast import ops
-from minilm_fast.ops import backend
+from minilm_fast.ops import _cuda, backend, reference
 
 SETTINGS = {"step_size": 0.03, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "decay": 0.98}
 
@@ -71,3 +71,40 @@ def test_wrong_shapes_are_named() -> None:
 
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.minilm_fast.adamw.default, (*_tensors(9), *SETTINGS.values()))
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_lists_are_updated_as_the_specification_says(device: str) -> None:
+    given = [_tensors(count) for count in (7, 0, 70001, 64)]
+    given[3] = [torch.stack([x, x], dim=1)[:, 0] for x in given[3]]
+    ours = [[x.to(device) if x.is_contiguous() else x.clone().to(device) for x in tensors] for tensors in given]
+    exact = [[x.double() for x in tensors] for tensors in given]
+    eager = [[x.clone() for x in tensors] for tensors in given]
+    _cuda.adamw(*(list(column) for column in zip(*ours, strict=True)), *SETTINGS.values())
+    for tensors in (*exact, *eager):
+        reference.adamw(*tensors, **SETTINGS)
+    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
+        for x, y, z in zip(mine, theirs, truth, strict=True):
+            assert_accurate(x.cpu(), y, z)
+
+
+def test_many_are_updated_as_one_by_one() -> None:
+    one, many = ([_tensors(count) for count in (7, 0, 100)] for _ in range(2))
+    for tensors in one:
+        ops.adamw(*tensors, **SETTINGS)
+    ops.adamw_of_many(*(list(column) for column in zip(*many, strict=True)), **SETTINGS)
+    assert all(
+        torch.equal(x, y) for mine, theirs in zip(one, many, strict=True) for x, y in zip(mine, theirs, strict=True)
+    )
+    ops.adamw_of_many([], [], [], [], **SETTINGS)
+    with pytest.raises(ValueError, match="shorter"):
+        ops.adamw_of_many([many[0][0]], [], [], [], **SETTINGS)

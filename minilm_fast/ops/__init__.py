@@ -1,7 +1,7 @@
 """Operators of minilm_fast (``torch.ops.minilm_fast.*``), one file each; ``reference`` is their specification."""
 
 from minilm_fast.ops._dispatch import backend, forced_backend
-from minilm_fast.ops.adamw import adamw
+from minilm_fast.ops.adamw import adamw, adamw_of_many
 from minilm_fast.ops.attention import attention, projected_attention
 from minilm_fast.ops.beam import BeamRules, BeamState, advance_beams, ban_repeated_ngrams
 from minilm_fast.ops.decode_attention import decode_attention, store_source
@@ -23,6 +23,7 @@ __all__ = [
     "PackedWeight",
     "SequenceLayout",
     "adamw",
+    "adamw_of_many",
     "add_layer_norm",
     "advance_beams",
     "attention",

@@ -20,7 +20,7 @@ KERNELS = {
     *("step_linear", "step_norm", "step_embedding", "decode_attention_early"),
 }
 """The operators with C++ kernels."""
-COMPOSED = {"pack_weight", "linear", "add_layer_norm", "embed_layer_norm", "pool_sequences"}
+COMPOSED = {"pack_weight", "linear", "add_layer_norm", "embed_layer_norm", "pool_sequences", "adamw"}
 """The operators put together from others."""
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The formats of a packed weight that there are on CUDA: the weight in that dtype."""
@@ -120,6 +120,27 @@ def add_layer_norm(
     from minilm_fast.ops.norm import dropout_add_layer_norm
 
     return dropout_add_layer_norm(x, residual, weight, bias, eps)
+
+
+def adamw(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    means: list[torch.Tensor],
+    squares: list[torch.Tensor],
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """:func:`minilm_fast.ops.adamw` of many tensors by PyTorch's operators on lists, in the specification's order."""
+    torch._foreach_lerp_(means, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_add_(roots, eps)
+    torch._foreach_addcdiv_(params, means, roots, -step_size)
+    torch._foreach_mul_(params, decay)
 
 
 def pool_sequences(hidden: torch.Tensor, cu_seqlens: torch.Tensor, pooling: str, normalize: bool) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from minilm_fast.ops import reference
+from minilm_fast.ops import _cuda, reference
 from minilm_fast.ops._dispatch import select
 from minilm_fast.ops._library import define
 
@@ -48,7 +48,38 @@ def adamw(
     """
     tensors = (param, grad, mean, square)
     plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-    if not plain or select("adamw", *tensors) == "reference":
+    chosen = select("adamw", *tensors)
+    if chosen == "cuda":
+        _cuda.adamw([param], [grad], [mean], [square], step_size, beta1, beta2, eps, decay)
+    elif chosen == "reference" or not plain:
         reference.adamw(*tensors, step_size, beta1, beta2, eps, decay)
     else:
         _op(*tensors, step_size, beta1, beta2, eps, decay)
+
+
+def adamw_of_many(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    means: list[torch.Tensor],
+    squares: list[torch.Tensor],
+    *,
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """:func:`adamw` of several parameters on one device; on a GPU in a few launches for all of them.
+
+    Args:
+        params, grads, means, squares: as many of each.
+        step_size, beta1, beta2, eps, decay: as there.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit.
+    """
+    if params and select("adamw", params[0]) == "cuda":
+        _cuda.adamw(params, grads, means, squares, step_size, beta1, beta2, eps, decay)
+        return
+    for tensors in zip(params, grads, means, squares, strict=True):
+        adamw(*tensors, step_size=step_size, beta1=beta1, beta2=beta2, eps=eps, decay=decay)

@@ -50,20 +50,17 @@ class AdamW(torch.optim.Optimizer):
             if not self.state[param]:
                 self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
         beta1, beta2 = group["betas"]
-        for param in params:
-            state = self.state[param]
-            assert param.grad is not None
-            ops.adamw(
-                param,
-                param.grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                step_size=group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step),
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                decay=1 - group["lr"] * group["weight_decay"],
-            )
+        ops.adamw_of_many(
+            params,
+            [param.grad for param in params if param.grad is not None],
+            [self.state[param]["exp_avg"] for param in params],
+            [self.state[param]["exp_avg_sq"] for param in params],
+            step_size=group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            decay=1 - group["lr"] * group["weight_decay"],
+        )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
