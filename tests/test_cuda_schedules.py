@@ -55,17 +55,22 @@ def _decode_attention(size: int, dtype: torch.dtype) -> Iterable[Call]:
 
 def _vocabulary(dtype: torch.dtype) -> Iterable[Call]:
     torch.manual_seed(0)
-    weight, bias = torch.randn(300, 384).to(dtype), torch.randn(300)
-    format = {torch.float32: 0, torch.bfloat16: 1}[dtype]
-    yield "lm_head_topk", [torch.randn(70, 384), weight, bias, 300, format, 5, None, -1, None]
+    bias, format = torch.randn(300), {torch.float32: 0, torch.bfloat16: 1}[dtype]
+    # The last step lies in the last, or in the first stage, which the sums take the place of.
+    for features in (384, 448):
+        weight = torch.randn(300, features).to(dtype)
+        yield "lm_head_topk", [torch.randn(70, features), weight, bias, 300, format, 5, None, -1, None]
 
 
 def _step_linear(rows: int) -> Iterable[Call]:
     torch.manual_seed(0)
-    x, weight, norm = torch.randn(rows, 768), torch.randn(200, 768).bfloat16(), list(torch.randn(2, 768))
     bias, residual = torch.randn(200), torch.randn(rows, 200).bfloat16()
-    yield "step_linear", [x, weight, bias, residual, *norm, 1e-5, 1, True, rows > 10]
-    yield "step_linear", [x.bfloat16(), weight, bias, residual, None, None, 0.0, 0, True, rows > 10]
+    # As above, for every number of stages.
+    for features in (640, 768, 896):
+        x, weight = torch.randn(rows, features), torch.randn(200, features).bfloat16()
+        norm = list(torch.randn(2, features))
+        yield "step_linear", [x, weight, bias, residual, *norm, 1e-5, 1, True, rows > 10]
+        yield "step_linear", [x.bfloat16(), weight, bias, residual, None, None, 0.0, 0, True, rows > 10]
 
 
 def _small() -> Iterable[Call]:
