@@ -46,15 +46,8 @@ def adamw(
     Raises:
         RuntimeError: shapes or dtypes do not fit.
     """
-    tensors = (param, grad, mean, square)
-    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-    chosen = select("adamw", *tensors)
-    if chosen == "cuda":
-        _cuda.adamw([param], [grad], [mean], [square], step_size, beta1, beta2, eps, decay)
-    elif chosen == "reference" or not plain:
-        reference.adamw(*tensors, step_size, beta1, beta2, eps, decay)
-    else:
-        _op(*tensors, step_size, beta1, beta2, eps, decay)
+    settings = {"step_size": step_size, "beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
+    adamw_of_many([param], [grad], [mean], [square], **settings)
 
 
 def adamw_of_many(
@@ -78,8 +71,13 @@ def adamw_of_many(
     Raises:
         RuntimeError: shapes or dtypes do not fit.
     """
-    if params and select("adamw", params[0]) == "cuda":
-        _cuda.adamw(params, grads, means, squares, step_size, beta1, beta2, eps, decay)
+    if not params:
+        return
+    settings = (step_size, beta1, beta2, eps, decay)
+    chosen = select("adamw", *params, *grads, *means, *squares)
+    if chosen == "cuda":
+        _cuda.adamw(params, grads, means, squares, *settings)
         return
     for tensors in zip(params, grads, means, squares, strict=True):
-        adamw(*tensors, step_size=step_size, beta1=beta1, beta2=beta2, eps=eps, decay=decay)
+        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+        (_op if plain and chosen == "cpu" else reference.adamw)(*tensors, *settings)
