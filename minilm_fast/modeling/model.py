@@ -126,7 +126,7 @@ class Model:
         Raises:
             UserError: unknown dtype, no such device, or a weight that decoding needs is missing.
         """
-        key = (*self._packed_as(dtype, device), device)
+        key = self._packed_as(dtype, device)
         if key not in self._engines:
             try:
                 self._engines[key] = InferenceEngine(self.config, self.state, dtype, device)
@@ -144,12 +144,12 @@ class Model:
         Raises:
             UserError: unknown dtype, no such device, or a weight is missing.
         """
-        key = (*self._packed_as(dtype, device), device)
+        key = self._packed_as(dtype, device)
         if key not in self._encoders:
             self._encoders[key] = PackedEncoder(WeightReader(self.config, self.state, dtype, device=device))
         return self._encoders[key]
 
-    def _packed_as(self, dtype: str, device: str) -> tuple[str, str | None]:
+    def _packed_as(self, dtype: str, device: str) -> tuple[str, str | None, str]:
         if dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if device != "cpu" and not torch.cuda.is_available():
@@ -157,7 +157,7 @@ class Model:
         wrong = "fp16" if device == "cpu" else "int8"
         if dtype == wrong:
             raise UserError(f"--dtype {dtype} is not for {'a CPU' if device == 'cpu' else 'a GPU'}")
-        return dtype, forced_backend()
+        return dtype, forced_backend(), device
 
     def encode(self, texts: str | Iterable[str], **options: Any) -> np.ndarray:
         """Embeds texts.
