@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -15,6 +15,15 @@ BEST_ISA: str = extension.isa()
 ISAS = _ASCENDING[: _ASCENDING.index(BEST_ISA) + 1]
 DTYPES = (torch.float32, torch.bfloat16)
 EPSILON = torch.finfo(torch.float32).eps
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+
+
+def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test with :data:`NEEDS_GPU`."""
+    for mark in NEEDS_GPU:
+        test = mark(test)
+    return test
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import step_cases
 import test_compile
 import torch
 from decode_steps import Shape
-from kernel_checks import assert_accurate
+from kernel_checks import NEEDS_GPU, assert_accurate
 from operator_calls import check_calls, decoding_calls, training_calls
 from test_cuda_few_rows import after_prefill
 from test_pooled_search import SPECIAL, random_sources, small_model
@@ -27,10 +27,7 @@ from minilm_fast.modeling import few_rows
 from minilm_fast.modeling.inference import InferenceEngine
 from minilm_fast.ops import reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
+pytestmark = NEEDS_GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_checks import DEVICES, needs_gpu
 from test_cuda_decode import emulated  # noqa: F401 (a fixture)
 from test_embedding import LEAST_COSINE, TEXTS, model  # noqa: F401 (a fixture)
 from test_heads import LENGTH, make_small
@@ -18,12 +19,6 @@ from minilm_fast.errors import UserError
 from minilm_fast.modeling.heads.packed import PackedHead
 from minilm_fast.ops import _cuda, reference
 from minilm_fast.ops.pool import POOLINGS
-
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -57,8 +52,7 @@ def test_vectors_by_the_kernels_for_gpus(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@needs_gpu
 def test_vectors_of_a_gpu(model: Model, dtype: str) -> None:  # noqa: F811
     expected = model.encode(TEXTS, device="cpu")
     found = model.encode(TEXTS, dtype=dtype, device="cuda")
@@ -96,8 +90,7 @@ def test_heads_by_the_kernels_for_gpus(name: str, dtype: str, emulated: None) ->
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["SequenceClassifier", "QuestionAnswerer", "MaskedLM"])
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@needs_gpu
 def test_heads_on_a_gpu(name: str, dtype: str) -> None:
     small, ids, expected = _head(name)
     found = small.cuda().packed(dtype)(ids.cuda())

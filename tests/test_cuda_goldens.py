@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 import test_distillation
 import test_seq2seq_training
-import torch
+from kernel_checks import NEEDS_GPU
 from training_files import golden
 
 from tests.parity import decode
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
+pytestmark = NEEDS_GPU
 
 
 @pytest.mark.parametrize("case", golden("trajectories.json"), ids=lambda c: c["name"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import ISAS, assert_accurate, instruction_set, threads
+from kernel_checks import DEVICES, ISAS, assert_accurate, instruction_set, threads
 
 from minilm_fast import ops
 from minilm_fast.ops import _cuda, backend, reference
@@ -71,15 +71,6 @@ def test_wrong_shapes_are_named() -> None:
 
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.minilm_fast.adamw.default, (*_tensors(9), *SETTINGS.values()))
-
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")],
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)
