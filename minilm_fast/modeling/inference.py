@@ -84,8 +84,6 @@ class InferenceEngine:
         self.dtype = dtype
         self.device = torch.device(device)
         self.heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scale = self.head_dim**-0.5
         reader = WeightReader(
             config,
             state,
@@ -95,7 +93,9 @@ class InferenceEngine:
             purpose="decoding",
         )
         last = config.num_hidden_layers - 1
+        self.head_dim = reader.head_size
         self._encoder = PackedEncoder(reader, last)
+        self.scale = self._encoder.scale
         self._transform = reader.linear("cls.predictions.transform.dense")
         self._last = LastLayer(reader, last, whole=self._transform.weight.backend == "cuda")
         self._activation = lm_head_activation(config)

@@ -22,15 +22,15 @@ class LastLayer:
         self._query: PackedLinear
         self._key_value: PackedLinear
         if self.projection is not None:
-            hidden = reader.config.hidden_size
-            self._query, self._key_value = self.projection.part(0, hidden), self.projection.part(hidden, 3 * hidden)
+            width = self._heads * reader.head_size
+            self._query, self._key_value = self.projection.part(0, width), self.projection.part(width, 3 * width)
         else:
             self._query = reader.projection(layer, "query")
             self._key_value = reader.projection(layer, "key", "value")
         self.block: PackedBlock = reader.block(layer)
 
     def queries(self, x: Tensor) -> Tensor:
-        """Of the rows that ask: ``[rows, hidden]`` -> ``[rows, H, D]``."""
+        """Of the rows that ask: ``[rows, hidden]`` -> ``[rows, H, D]``, D the reader's ``head_size``."""
         return self._query(x).view(x.shape[0], self._heads, -1)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:

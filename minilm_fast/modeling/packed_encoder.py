@@ -134,6 +134,9 @@ class WeightReader:
         eps: of the norms, by default what the configuration says.
         purpose: who needs the weights, for the error.
         activation_dtype: of what passes between the operators, by default that of :func:`default_activations`.
+
+    Attributes:
+        head_size: of queries, keys and values as the weights give them.
     """
 
     def __init__(
@@ -152,6 +155,9 @@ class WeightReader:
         self.device = torch.device(device)
         self.activation_dtype = activation_dtype or default_activations(dtype, self.device)
         self._state = state
+        # Heads are filled up with zeros to a size that the kernels for GPUs have; that changes no score and no sum.
+        padded = self.device.type == "cuda" and ops.forced_backend() != "reference"
+        self.head_size = ops.kernel_head_size(config.head_size) if padded else config.head_size
         self.eps = config.layer_norm_eps if eps is None else eps
         self._purpose = purpose
 
@@ -167,12 +173,21 @@ class WeightReader:
             raise UserError(f"the checkpoint has no {name}, which {self._purpose} needs") from None
         return tensor.detach().to(self.device, torch.float32).contiguous()
 
-    def linear(self, *prefixes: str, unbiased: str | None = None) -> PackedLinear:
-        """Linear layers side by side as one; the bias of ``unbiased`` is taken as 0."""
-        weight = torch.cat([self.get(f"{p}.weight") for p in prefixes])
-        biases = [self.get(f"{p}.bias") for p in prefixes]
-        biases = [torch.zeros_like(b) if p == unbiased else b for p, b in zip(prefixes, biases, strict=True)]
-        return PackedLinear.of(ops.pack_weight(weight, self.dtype), torch.cat(biases))
+    def linear(self, *prefixes: str) -> PackedLinear:
+        """Linear layers side by side as one."""
+        return self._packed(*(torch.cat([self.get(f"{p}.{part}") for p in prefixes]) for part in ("weight", "bias")))
+
+    def _packed(self, weight: Tensor, bias: Tensor) -> PackedLinear:
+        return PackedLinear.of(ops.pack_weight(weight, self.dtype), bias)
+
+    def _padded_heads(self, x: Tensor) -> Tensor:
+        """``[heads * size, ...]`` with every head filled up to :attr:`head_size`."""
+        heads, size = self.config.num_attention_heads, self.config.head_size
+        if self.head_size == size:
+            return x
+        padded = x.new_zeros(heads, self.head_size, *x.shape[1:])
+        padded[:, :size] = x.view(heads, size, *x.shape[1:])
+        return padded.flatten(0, 1)
 
     def norm(self, prefix: str) -> PackedNorm:
         """The norm ``<prefix>.LayerNorm``."""
@@ -181,14 +196,21 @@ class WeightReader:
     def projection(self, layer: int, *names: str) -> PackedLinear:
         """Of a layer (from 0) the projections ``query``, ``key`` and ``value``, or those named, as one."""
         base = f"bert.encoder.layer.{layer}.attention.self"
+        names = names or ("query", "key", "value")
+        weights = [self._padded_heads(self.get(f"{base}.{name}.weight")) for name in names]
+        biases = [self._padded_heads(self.get(f"{base}.{name}.bias")) for name in names]
         # A key bias shifts a row of scores by a constant, which the softmax does not see.
-        return self.linear(*(f"{base}.{name}" for name in names or ("query", "key", "value")), unbiased=f"{base}.key")
+        biases = [torch.zeros_like(b) if name == "key" else b for name, b in zip(names, biases, strict=True)]
+        return self._packed(torch.cat(weights), torch.cat(biases))
 
     def block(self, layer: int) -> PackedBlock:
         """What follows the attention of a layer (from 0)."""
         base = f"bert.encoder.layer.{layer}"
+        attention = f"{base}.attention.output.dense"
         return PackedBlock(
-            attention_output=self.linear(f"{base}.attention.output.dense"),
+            attention_output=self._packed(
+                self._padded_heads(self.get(f"{attention}.weight").T).T.contiguous(), self.get(f"{attention}.bias")
+            ),
             attention_norm=self.norm(f"{base}.attention.output"),
             intermediate=self.linear(f"{base}.intermediate.dense"),
             output=self.linear(f"{base}.output.dense"),
@@ -265,6 +287,7 @@ class PackedEncoder:
 
     Attributes:
         config, dtype, device: as the reader's.
+        scale: of the scores.
         relative_bias: fp32 ``[heads, 2R + 1]`` or None.
 
     Raises:
@@ -277,6 +300,7 @@ class PackedEncoder:
         self.dtype = reader.dtype
         self.device = reader.device
         self.heads = config.num_attention_heads
+        self.scale = config.head_size**-0.5
         self._eps = reader.eps
         self.embed = PackedEmbeddings(reader)
         self.layers = [reader.layer(i) for i in range(config.num_hidden_layers if layers is None else layers)]
@@ -328,5 +352,5 @@ class PackedEncoder:
         q, k, v = layer.projection(x).to(self.attention_dtype).view(x.shape[0], 3, self.heads, -1).unbind(1)
         bias = self.relative_bias
         at = None if bias is None else positions
-        context, _ = ops.attention(q, k, v, layout, relative_bias=bias, position_ids=at)
+        context, _ = ops.attention(q, k, v, layout, scale=self.scale, relative_bias=bias, position_ids=at)
         return layer.block(context.to(x.dtype), x), k, v

@@ -1,6 +1,7 @@
 """Operators of minilm_fast (``torch.ops.minilm_fast.*``), one file each; ``reference`` is their specification."""
 
-from minilm_fast.ops._dispatch import backend, forced_backend
+from minilm_fast.ops._cuda import kernel_head_size
+from minilm_fast.ops._dispatch import backend, forced_backend, noted_fallbacks
 from minilm_fast.ops.adamw import adamw, adamw_of_many
 from minilm_fast.ops.attention import attention, projected_attention
 from minilm_fast.ops.beam import BeamRules, BeamState, advance_beams, ban_repeated_ngrams
@@ -35,10 +36,12 @@ __all__ = [
     "embed_layer_norm",
     "encoder_layers",
     "forced_backend",
+    "kernel_head_size",
     "kernels_can_overlap",
     "label_smoothed_cross_entropy",
     "linear",
     "lm_head_topk",
+    "noted_fallbacks",
     "pack_weight",
     "padded_attention",
     "pool_sequences",

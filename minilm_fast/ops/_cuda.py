@@ -70,12 +70,17 @@ def refuse_format(format: str) -> dict[str, str | None]:
     return {"cuda": None if format in FORMATS else f"the format {format} is not fp32, bf16 or fp16"}
 
 
+def kernel_head_size(size: int) -> int:
+    """The head size of the kernels that heads of another one are filled up to; the same if there is none."""
+    return next((kernels for kernels in HEAD_SIZES if kernels >= size), size)
+
+
 def refuse_attention(q: torch.Tensor) -> dict[str, str | None]:
     """Why the CUDA kernel of attention cannot run for these queries."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return {"cuda": f"the tensors are {q.dtype}, not fp16 or bf16"}
-    if q.shape[-1] not in HEAD_SIZES:
-        return {"cuda": f"the head size {q.shape[-1]} is none of 32, 64 and 128"}
+    if q.shape[-1] > HEAD_SIZES[-1]:
+        return {"cuda": f"the head size {q.shape[-1]} is above {HEAD_SIZES[-1]}"}
     return {"cuda": None}
 
 

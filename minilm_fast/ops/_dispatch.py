@@ -81,6 +81,21 @@ def backend(name: str | None) -> Iterator[None]:
         _local.backend, _default_backend = before, default
 
 
+@contextlib.contextmanager
+def noted_fallbacks() -> Iterator[set[str]]:
+    """Gives the names of the operators that run as the pure-PyTorch specification in the block, in this thread.
+
+    Many of these wait for the device, so that no CUDA graph can be captured of them.
+    """
+    before = getattr(_local, "fallbacks", None)
+    noted: set[str] = set()
+    _local.fallbacks = noted
+    try:
+        yield noted
+    finally:
+        _local.fallbacks = before
+
+
 def unusable(name: str, operator: str, device: torch.device, needs_grad: bool = False) -> str | None:
     """Why a backend cannot run an operator on tensors of a device; None if it can."""
     if name == "reference":
@@ -120,6 +135,8 @@ def select(operator: str, *tensors: torch.Tensor | None, refusals: Mapping[str, 
         reason = unusable(forced, operator, device, needs_grad) or refusals.get(forced)
         if reason is not None:
             raise BackendError(f"backend {forced!r} cannot run {operator}: {reason}")
+        if forced == "reference":
+            _note(operator)
         return forced
     reasons: list[str] = []
     names = PRIORITY.get(device.type, ("reference",))
@@ -128,11 +145,19 @@ def select(operator: str, *tensors: torch.Tensor | None, refusals: Mapping[str, 
     for name in names:
         reason = unusable(name, operator, device, needs_grad) or refusals.get(name)
         if reason is None:
-            if name == "reference" and reasons and not needs_grad:
-                _warn_once(operator, device.type, reasons)
+            if name == "reference":
+                _note(operator)
+                if reasons and not needs_grad:
+                    _warn_once(operator, device.type, reasons)
             return name
         reasons.append(f"{name}: {reason}")
     raise AssertionError("the reference runs everywhere")
+
+
+def _note(operator: str) -> None:
+    noted = getattr(_local, "fallbacks", None)
+    if noted is not None:
+        noted.add(operator)
 
 
 def _warn_once(operator: str, device: str, reasons: list[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 
 import minilm_fast
 from minilm_fast.ops._compile import constant
-from minilm_fast.ops._cuda import too_old
+from minilm_fast.ops._cuda import HEAD_SIZES, too_old
 
 OPERATORS = (
     "attention",
@@ -30,7 +30,6 @@ OPERATORS = (
 )
 """The operators that have Triton kernels."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_HEAD_SIZES = (32, 64, 128)
 
 
 @cache
@@ -74,8 +73,8 @@ def unusable(operator: str, device: torch.device) -> str | None:
 
 def refuse_attention(q: torch.Tensor) -> dict[str, str | None]:
     """Why the Triton kernels cannot run attention for these queries."""
-    if q.shape[-1] not in _HEAD_SIZES:
-        return {"triton": f"the head size {q.shape[-1]} is none of 32, 64 and 128"}
+    if q.shape[-1] > HEAD_SIZES[-1]:
+        return {"triton": f"the head size {q.shape[-1]} is above {HEAD_SIZES[-1]}"}
     return refuse_dtype(q)
 
 

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from minilm_fast.ops import _cuda, _triton, reference
 from minilm_fast.ops._dispatch import select
@@ -261,8 +262,9 @@ def attention(
         raise ValueError("attention: relative_bias and position_ids go together")
     backend = select("attention", q, k, v, relative_bias, refusals=_refusals(q, relative_bias))
     run = {"reference": _reference, "triton": _triton_op}.get(backend, _op)
-    out, lse = run(q, k, v, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
-    return out, lse.detach()
+    arguments = _arguments(layout, q, scale, relative_bias, position_ids, dropout, seed)
+    out, lse = run(*(filled_heads(x, backend) for x in (q, k, v)), *arguments)
+    return _cut(out, q), lse.detach()
 
 
 def projected_attention(
@@ -298,8 +300,23 @@ def projected_attention(
     refusals = _refusals(q, relative_bias)
     backend = select("projected_attention", projection, queries, relative_bias, refusals=refusals)
     run = {"reference": _reference_projected, "triton": _triton_projected_op}.get(backend, _projected_op)
-    out, lse = run(projection, queries, *_arguments(layout, q, scale, relative_bias, position_ids, dropout, seed))
-    return out, lse.detach()
+    arguments = _arguments(layout, q, scale, relative_bias, position_ids, dropout, seed)
+    if queries is not None:
+        queries = filled_heads(queries, backend)
+    out, lse = run(filled_heads(projection, backend), queries, *arguments)
+    return _cut(out, q), lse.detach()
+
+
+def filled_heads(x: torch.Tensor, backend: str) -> torch.Tensor:
+    """Heads filled up with zeros to a size that the backend has; that changes no score and no sum."""
+    size = x.shape[-1]
+    missing = _cuda.kernel_head_size(size) - size if backend in ("cuda", "triton") else 0
+    return F.pad(x, (0, missing)) if missing else x
+
+
+def _cut(out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    size = q.shape[-1]
+    return out if out.shape[-1] == size else out[..., :size]
 
 
 def _refusals(q: torch.Tensor, relative_bias: torch.Tensor | None) -> dict[str, str | None]:

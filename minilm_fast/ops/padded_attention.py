@@ -19,6 +19,7 @@ from minilm_fast.ops.attention import (
     _refusals,
     _triton_backward_op,
     attention,
+    filled_heads,
 )
 from minilm_fast.ops.layout import SequenceLayout
 
@@ -112,14 +113,15 @@ def _backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     packing = _packing(q, mask, causal)
-    grad_rows, *rows, out_rows = (packing.rows(x) for x in (grad_out, q, k, v, out))
-    backend = select("attention", *rows, refusals=_refusals(rows[0], None))
+    rows = [packing.rows(x) for x in (grad_out, q, k, v, out)]
+    backend = select("attention", *rows[1:4], refusals=_refusals(rows[1], None))
+    grad_rows, *rows, out_rows = (filled_heads(x, backend) for x in rows)
     run = {"reference": _reference_backward, "triton": _triton_backward_op}.get(backend, _backward_op)
     layout = packing.layout
     sequences = (layout.cu_seqlens, layout.segments, None, layout.max_seqlen)
     kept = lse[:, : layout.total].contiguous()
     *gradients, _ = run(grad_rows, *rows, out_rows, kept, *sequences, scale, None, None, dropout, seed, False)
-    dq, dk, dv = (packing.spread(x, q.dtype) for x in gradients)
+    dq, dk, dv = (packing.spread(x[..., : q.shape[-1]], q.dtype) for x in gradients)
     return dq, dk, dv
 
 

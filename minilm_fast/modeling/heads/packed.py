@@ -70,7 +70,7 @@ class PackedHead:
         q, k, v = (part.to(encoder.attention_dtype) for part in (self._last.queries(rows), k, v))
         bias = encoder.relative_bias
         at = None if bias is None else positions
-        context, _ = ops.attention(q, k, v, layout, relative_bias=bias, position_ids=at)
+        context, _ = ops.attention(q, k, v, layout, scale=encoder.scale, relative_bias=bias, position_ids=at)
         return self._last.block(context.to(x.dtype), rows).float()
 
 
