@@ -12,7 +12,7 @@ import torch
 
 from minilm_fast.decoding.state import StateLayout
 from minilm_fast.modeling.source_batch import SourceBatch, number_count
-from minilm_fast.ops import BeamState
+from minilm_fast.ops import BeamState, noted_fallbacks
 
 if TYPE_CHECKING:
     from minilm_fast.decoding.search import BeamSearch
@@ -53,15 +53,20 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture(function: Callable[[], None], device: torch.device, memory: Any) -> torch.cuda.CUDAGraph:
-    """A graph of what a function does on a device. It must not wait for it, and running it twice must do no harm."""
+def capture(function: Callable[[], None], device: torch.device, memory: Any) -> torch.cuda.CUDAGraph | None:
+    """A graph of what a function does on a device; running it twice must do no harm.
+
+    None if there can be none, as an operator runs as its specification, which may wait for the device.
+    """
     side, graph = _capture_stream(device), torch.cuda.CUDAGraph()
     with _capturing:
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), noted_fallbacks() as fallbacks:
             for _ in range(WARM_UP):
                 function()
         torch.cuda.current_stream(device).wait_stream(side)
+        if fallbacks:
+            return None
         # Other threads may go on with what is forbidden to this one, such as pinning memory.
         with torch.cuda.graph(graph, pool=memory, stream=side, capture_error_mode="thread_local"):
             function()
@@ -97,10 +102,10 @@ class Prefill:
         """Runs it, on a GPU in the end as a graph."""
         given = search.pack(sources, self._batch.ids.numel())
         given = torch.cat([given, torch.tensor(places, dtype=torch.int32)])
-        self._numbers.copy_(pinned_like(given).copy_(given) if self._pool.captures else given, non_blocking=True)
+        self._numbers.copy_(pinned_like(given).copy_(given) if self._pool.on_gpu else given, non_blocking=True)
         self._uses += 1
-        if self._pool.captures and self._graph is None and self._uses > PREFILL_PATIENCE:
-            self._graph = capture(lambda: self._run(search), self._pool.device, self._pool.memory)
+        if self._graph is None and self._uses > PREFILL_PATIENCE:
+            self._graph = self._pool.capture_prefill(lambda: self._run(search))
         if self._graph is None:
             self._run(search)
         else:
@@ -126,7 +131,7 @@ class Pool:
         self.cache = search.new_cache(slots, source_capacity)
         self.buffer = torch.zeros(self.layout.bytes, dtype=torch.uint8, device=search.engine.device)
         self.device = device = self.buffer.device
-        self.captures = device.type == "cuda"
+        self.on_gpu = self.captures = self._captures_prefills = device.type == "cuda"
         self.state = BeamState(**self.layout.over(self.buffer))
         self._all_slots = torch.arange(slots, dtype=torch.int32, device=device)
         self.slots = self._all_slots.clone()
@@ -134,7 +139,7 @@ class Pool:
         self._rules = search.rules._replace(divisors=search.rules.divisors.to(device))
         self._ignored = search.ignored.to(device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.memory = torch.cuda.graph_pool_handle() if self.captures else None
+        self._memory = torch.cuda.graph_pool_handle() if self.captures else None
         self._prefills: dict[tuple[int, int], Prefill] = {}
         self._wanted: Counter[int] = Counter()
         self._idle: torch.cuda.Event | None = None
@@ -150,7 +155,7 @@ class Pool:
 
     def end(self) -> None:
         """Called when the last step of a search has been started."""
-        if self.captures:
+        if self.on_gpu:
             self._idle = torch.cuda.Event()
             self._idle.record(torch.cuda.current_stream(self.device))
 
@@ -175,22 +180,33 @@ class Pool:
 
     def step(self, search: BeamSearch, size: int) -> None:
         """One step of the first rows; on a GPU captured when the size is first used."""
-        if not self.captures:
+        if self.captures and size not in self._graphs:
+            self._capture_step(search, size)
+        if size in self._graphs:
+            self._graphs[size].replay()
+        else:
             self._step(search, size)
-            return
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(search, size)
-        self._graphs[size].replay()
 
     def _step(self, search: BeamSearch, size: int) -> None:
         search.step(*self.first(size), self.cache)
 
-    def _capture(self, search: BeamSearch, size: int) -> torch.cuda.CUDAGraph:
+    def _capture_step(self, search: BeamSearch, size: int) -> None:
         # A step of rows that stand still changes nothing but the last entry of the history, which is written again.
         running = self.state.running.clone()
         self.state.running.zero_()
-        graph = capture(lambda: self._step(search, size), self.device, self.memory)
+        graph = capture(lambda: self._step(search, size), self.device, self._memory)
         self.state.running.copy_(running)
+        if graph is None:
+            self.captures = False
+        else:
+            self._graphs[size] = graph
+
+    def capture_prefill(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """A graph of a prefill, if there can be one; none is tried for again once there could not."""
+        if not self._captures_prefills:
+            return None
+        graph = capture(function, self.device, self._memory)
+        self._captures_prefills = graph is not None
         return graph
 
     def enter(self, search: BeamSearch, sources: Sequence[Sequence[int]], places: list[int]) -> None:

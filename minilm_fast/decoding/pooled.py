@@ -39,7 +39,7 @@ class _Answers:
 
     def __init__(self, pool: Pool) -> None:
         self._part = pool.buffer[: pool.layout.answer_bytes]
-        self._captures = pool.captures
+        self._on_gpu = pool.on_gpu
         self._layout = pool.layout
         self._pending: deque[tuple[torch.Tensor, torch.cuda.Event | None, dict[int, int]]] = deque()
 
@@ -48,7 +48,7 @@ class _Answers:
 
     def send(self, rows: dict[int, int]) -> None:
         """Starts the copy; ``rows``: the row of each example."""
-        if not self._captures:
+        if not self._on_gpu:
             self._pending.append((self._part.clone(), None, dict(rows)))
             return
         host = pinned_like(self._part)
