@@ -40,10 +40,10 @@ SIZES = ("shape", "dtype", "batch", "source", "target", "beams", "steps")
 GOAL_DEVICE = "H200"
 NOTE = (
     "Medians of interleaved rounds, milliseconds. error: the norm of the difference from fp64 over the norm, the "
-    "largest of the results compared, gradients too; - where a system computes something else. peak: device memory of "
-    "a run beyond what was taken before it. of the limit: what the bytes would take at the copy speed or the "
-    "operations at the speed of large products, whichever is longer, both measured in this run, over what the fastest "
-    "system of ours took."
+    "largest of the results compared, gradients too, of decoding that of the mean probability of a token; - where "
+    "a system computes something else. peak: device memory of a run beyond what was taken before it. of the limit: "
+    "what the bytes would take at the copy speed or the operations at the speed of large products, whichever is "
+    "longer, both measured in this run, over what the fastest system of ours took."
 )
 
 
