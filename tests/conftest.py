@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,3 +28,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy_model(folder / "model")
     write_examples(folder / "train.jsonl")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Without a GPU, tests that are marked as running on one get the simulated one; the others None."""
+    if request.node.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        yield None
+        return
+    from simulated_gpu import simulated_gpu
+
+    with simulated_gpu() as gpu:
+        yield gpu

@@ -1,4 +1,8 @@
-"""The CUDA kernels on a GPU, against the same specifications as emulated. Skipped where there is none."""
+"""The CUDA kernels on a GPU, against the same specifications as emulated, and what is around them.
+
+Without a GPU the latter runs on the simulated one; so does the rest with MINILM_FAST_SLOW_TESTS=1, but for what
+simulates tensors itself.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import step_cases
 import test_compile
 import torch
 from decode_steps import Shape
-from kernel_checks import NEEDS_GPU, assert_accurate
+from kernel_checks import ON_GPU, assert_accurate, needs_gpu, slow_simulated
 from operator_calls import check_calls, decoding_calls, training_calls
 from test_cuda_few_rows import after_prefill
 from test_pooled_search import SPECIAL, random_sources, small_model
@@ -27,7 +31,7 @@ from minilm_fast.modeling import few_rows
 from minilm_fast.modeling.inference import InferenceEngine
 from minilm_fast.ops import reference
 
-pytestmark = NEEDS_GPU
+pytestmark = ON_GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,12 +58,14 @@ def _attention(case: attention_cases.Batch) -> None:
     case.check_gradients(grad, *ours[2:])
 
 
+@slow_simulated
 @pytest.mark.parametrize("dtype", attention_cases.DTYPES)
 @pytest.mark.parametrize("counts", attention_cases.COUNTS.values(), ids=attention_cases.COUNTS.keys())
 def test_attention_masks(counts: tuple[list[int], ...], dtype: torch.dtype) -> None:
     _attention(attention_cases.batch(ops.SequenceLayout.from_counts(*counts), 32, dtype, device="cuda"))
 
 
+@slow_simulated
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_attention_small(size: int) -> None:
     """For compute-sanitizer."""
@@ -74,6 +80,7 @@ def test_attention_small(size: int) -> None:
         case.check_gradients(grad, *found[: 4 if wanted else 3])
 
 
+@slow_simulated
 @pytest.mark.parametrize("dtype", attention_cases.DTYPES)
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("bias", [None, 9])
@@ -103,6 +110,7 @@ def _relation(case: relation_cases.Relation) -> None:
     case.check(found)
 
 
+@slow_simulated
 @pytest.mark.parametrize("kind", relation_cases.KINDS)
 @pytest.mark.parametrize("counts", relation_cases.COUNTS.values(), ids=relation_cases.COUNTS.keys())
 def test_relation_kl_masks(counts: tuple[list[int], ...], kind: str) -> None:
@@ -110,6 +118,7 @@ def test_relation_kl_masks(counts: tuple[list[int], ...], kind: str) -> None:
     _relation(relation_cases.relation(layout, (64, 32), torch.bfloat16, kind, device="cuda"))
 
 
+@slow_simulated
 @pytest.mark.parametrize("dtype", relation_cases.DTYPES)
 @pytest.mark.parametrize("sizes", [(16, 8), (32, 32), (64, 32), (64, 64), (128, 48)])
 def test_relation_kl_small(sizes: tuple[int, int], dtype: torch.dtype) -> None:
@@ -128,6 +137,7 @@ def test_relation_kl_through_the_function() -> None:
     assert torch.equal(loss, torch.ops.minilm_fast.relation_kl(*case.arguments())[0])
 
 
+@needs_gpu
 @pytest.mark.parametrize("kind", relation_cases.KINDS)
 def test_operators_of_relation_kl(kind: str) -> None:
     case = relation_cases.relation(
@@ -139,6 +149,7 @@ def test_operators_of_relation_kl(kind: str) -> None:
     check_calls([("relation_kl", arguments), ("relation_kl_backward", [grad, *arguments[:4], *lse, *arguments[4:]])])
 
 
+@slow_simulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",
@@ -176,6 +187,7 @@ def test_store_source_small(dtype: torch.dtype) -> None:
     assert all(torch.equal(ours.cpu(), expected) for ours, expected in zip(mine, theirs, strict=True))
 
 
+@slow_simulated
 @pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(5, 300), (160, 30522)], ids=["small", "large"])
 def test_lm_head_topk(format: str, rows: int, vocabulary: int) -> None:
@@ -196,6 +208,7 @@ def test_lm_head_topk(format: str, rows: int, vocabulary: int) -> None:
     torch.testing.assert_close(values.cpu().double(), scores.gather(1, ids.cpu().long()), rtol=1e-5, atol=1e-4)
 
 
+@slow_simulated
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
@@ -212,6 +225,7 @@ def test_step_linear(rows: int, features: int, outputs: int, norm: bool, dtype: 
     assert torch.equal(out, again[0]) and torch.equal(normal, again[1])
 
 
+@slow_simulated
 def test_step_linear_many_features() -> None:
     case = step_cases.linear(320, 4096, 1024, torch.bfloat16, norm=False, residual=True, gelu=False, wide=True)
     out, normal = torch.ops.minilm_fast.step_linear(*_to_device(case).values())
@@ -244,7 +258,7 @@ def test_a_step_in_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
     theirs, expected = run(), engine.predict(run(), 3)[0]
     assert (mine - theirs).float().norm() <= 0.02 * theirs.float().norm()
-    assert (scores - expected).abs().max() <= 0.15
+    assert (scores - expected).abs().max() <= 0.3
 
 
 def test_beams_and_ngrams_small() -> None:
@@ -278,11 +292,16 @@ def test_decoding_gives_the_answers_of_the_cpu(options: dict[str, object]) -> No
         assert found[index].score == pytest.approx(hypothesis.score, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"beam_size": 3, "forbid_duplicate_ngrams": True, "ngram_size": 2}])
-def test_graphs_of_all_sizes_and_the_next_call(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each size and each prefill is captured at its first use, and replayed in the calls that follow."""
-    monkeypatch.setattr(pool, "PATIENCE", 0)
-    monkeypatch.setattr(pool, "PREFILL_PATIENCE", 0)
+@pytest.mark.parametrize(
+    ("options", "patience"),
+    [({}, 0), ({"beam_size": 3, "forbid_duplicate_ngrams": True, "ngram_size": 2}, 2)],
+)
+def test_graphs_of_all_sizes_and_the_next_call(
+    options: dict[str, object], patience: int, monkeypatch: pytest.MonkeyPatch, gpu: Any
+) -> None:
+    """Each size and each prefill is captured when it has been used often enough, and replayed from then on."""
+    monkeypatch.setattr(pool, "PATIENCE", patience)
+    monkeypatch.setattr(pool, "PREFILL_PATIENCE", patience)
     config, state = small_model()
     engine, sources = InferenceEngine(config, state, device="cuda"), random_sources()
     plain_engine, kept = InferenceEngine(config, state), []
@@ -293,7 +312,9 @@ def test_graphs_of_all_sizes_and_the_next_call(options: dict[str, object], monke
         assert {index: hypothesis.ids for index, hypothesis in found.items()} == {i: h.ids for i, h in plain.items()}
         kept.append(*engine.kept.values())
     assert all(x is kept[0] for x in kept)
-    assert {9, 2} <= set(kept[0]._graphs)
+    assert ({9} if patience else {9, 2}) <= set(kept[0]._graphs) and kept[0]._prefills
+    if gpu is not None:
+        assert gpu.replays > len(kept[0]._graphs) > 1
 
 
 def test_overlapping_kernels_give_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,14 +332,17 @@ def test_overlapping_kernels_give_the_same_answers(monkeypatch: pytest.MonkeyPat
     assert found() == plain
 
 
+@needs_gpu
 def test_operators_of_decoding() -> None:
     check_calls(decoding_calls("cuda"))
 
 
+@needs_gpu
 def test_operators_of_training() -> None:
     check_calls(training_calls("triton_", "cuda"))
 
 
+@needs_gpu
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_training_step_is_one_graph(compiler: str) -> None:
     model, batch = test_compile.small_model(0.1).cuda().train(), test_compile.small_batch().to("cuda")
@@ -328,6 +352,7 @@ def test_a_training_step_is_one_graph(compiler: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
+@needs_gpu
 def test_encoding_is_one_graph() -> None:
     encoder, batch = test_compile.small_model(0.0).bert.cuda().eval(), test_compile.small_batch().to("cuda")
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_checks import DEVICES, needs_gpu
+from kernel_checks import DEVICES, ON_GPU
 from test_cuda_decode import emulated  # noqa: F401 (a fixture)
 from test_embedding import LEAST_COSINE, TEXTS, model  # noqa: F401 (a fixture)
 from test_heads import LENGTH, make_small
@@ -52,7 +52,7 @@ def test_vectors_by_the_kernels_for_gpus(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@needs_gpu
+@ON_GPU
 def test_vectors_of_a_gpu(model: Model, dtype: str) -> None:  # noqa: F811
     expected = model.encode(TEXTS, device="cpu")
     found = model.encode(TEXTS, dtype=dtype, device="cuda")
@@ -90,7 +90,7 @@ def test_heads_by_the_kernels_for_gpus(name: str, dtype: str, emulated: None) ->
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["SequenceClassifier", "QuestionAnswerer", "MaskedLM"])
-@needs_gpu
+@ON_GPU
 def test_heads_on_a_gpu(name: str, dtype: str) -> None:
     small, ids, expected = _head(name)
     found = small.cuda().packed(dtype)(ids.cuda())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -278,67 +278,3 @@ def test_another_gpu_is_the_current_one_only_while_the_search_works(monkeypatch:
         assert not entered
         found.append(i)
     assert found == [0, 1, 2] and not entered
-
-
-class _Event:
-    """Stands for one of a GPU's events: it must be recorded before it is waited for."""
-
-    recorded = False
-
-    def record(self, *_: object) -> None:
-        self.recorded = True
-
-    def synchronize(self) -> None:
-        assert self.recorded
-
-
-class _Stream:
-    def wait_event(self, event: _Event) -> None:
-        assert event.recorded
-
-
-class _Graph:
-    """Stands for a captured graph: runs the function again."""
-
-    captured = replays = 0
-
-    def __init__(self, function: Callable[[], None], *_: object) -> None:
-        type(self).captured += 1
-        for _ in range(pools.WARM_UP):
-            function()
-        self.replay = lambda: (function(), setattr(_Graph, "replays", _Graph.replays + 1))
-
-
-@pytest.mark.parametrize("options", [{}, {"beam_size": 3, "min_len": 4}, {"beam_size": 2, "pos_shift": True}])
-@pytest.mark.parametrize("patience", [0, 2])
-def test_what_is_captured_when(
-    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], patience: int
-) -> None:
-    """The way of a GPU with stand-ins for streams, events and graphs: warm-ups and replays change no answer."""
-    initialise = Pool.__init__
-
-    def capturing(pool: Pool, *args: Any) -> None:
-        initialise(pool, *args)
-        pool.captures = True
-
-    monkeypatch.setattr(Pool, "__init__", capturing)
-    monkeypatch.setattr(pools, "capture", _Graph)
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: _Stream())
-    for module in (pools, pooled):
-        monkeypatch.setattr(module, "pinned_like", torch.empty_like)
-    monkeypatch.setattr(pools, "PATIENCE", patience)
-    monkeypatch.setattr(pools, "PREFILL_PATIENCE", patience)
-    monkeypatch.setattr(_Graph, "captured", 0)
-    monkeypatch.setattr(_Graph, "replays", 0)
-    engine.kept.clear()
-    sources, captured = random_sources(), []
-    for count in (11, 2, 8, 11, 11):
-        search = BeamSearch(engine, SearchOptions(batch_size=9, max_tgt_length=12, **options), SPECIAL)
-        plain = dict(search.run(sources[:count]))
-        assert in_pool(search, sources[:count], min(9, count)) == plain
-        captured.append(_Graph.captured)
-    (pool,) = engine.kept.values()
-    assert {9} < set(pool._graphs) and pool._prefills
-    assert captured[0] > (1 if patience == 0 else 0) and 1 < captured[-1] < _Graph.replays
-    engine.kept.clear()
