@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,7 +17,11 @@ from tests.parity import decode, files
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     parser.add_argument("--backend", choices=["reference", "cpu"], help="default: the best there is")
-    parser.add_argument("--device", default="cpu", help="where decoding computes, such as cuda (default: cpu)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where decoding computes: cpu (default), cuda, or simulated: a GPU that is simulated on the CPU",
+    )
     parser.add_argument("--no-early-exit", action="store_true")
     parser.add_argument("--no-continuous-batching", action="store_true")
     parser.add_argument("--batch-size", type=int, help="default: the original's 7")
@@ -28,7 +34,15 @@ def main() -> int:
         **({"batch_size": args.batch_size} if args.batch_size else {}),
     }
     passed = total = 0
-    with minilm_fast.backend(args.backend):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(minilm_fast.backend(args.backend))
+        if args.device == "simulated":
+            # Modules of the tests find one another beside themselves.
+            sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+            from simulated_gpu import simulated_gpu
+
+            stack.enter_context(simulated_gpu())
+            args.device = "cuda"
         try:
             comparisons = list(decode.all_comparisons(args.device, **switches))
         except UserError as error:
