@@ -61,10 +61,10 @@ class Batch:
         generator = torch.Generator().manual_seed(shape.numel())
         return torch.randn(shape, generator=generator).to(dtype).to(self.operands[0].device)
 
-    def check_gradients(self, grad_out: torch.Tensor, *found: torch.Tensor) -> None:
+    def check_gradients(self, grad_out: torch.Tensor, *found: torch.Tensor, worst: float = 2.0) -> None:
         """Holds the errors against fp64: to twice those of rounding the operands of products and the results.
 
-        ``found`` may have the gradient of the bias at its end.
+        ``found`` may have the gradient of the bias at its end. ``worst`` is that of :func:`assert_accurate`.
         """
         leaves = [x.cpu().double().requires_grad_() for x in self.operands]
         if self.relative_bias is not None:
@@ -78,7 +78,7 @@ class Batch:
         for ours, rounded, right, leaf in cases:
             right = torch.zeros_like(leaf) if right is None else right
             size = right.abs().max().item() if right.numel() else 0.0
-            assert_accurate(ours.cpu(), rounded, right, allowance * size, worst=3.0)
+            assert_accurate(ours.cpu(), rounded, right, allowance * size, worst)
 
     def _specified(
         self,

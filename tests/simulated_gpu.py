@@ -162,10 +162,6 @@ class _Graph:
                         place.tensor().copy_(result)
         gpu.replays += 1
 
-    def reset(self) -> None:
-        self._calls.clear()
-        self._own.clear()
-
 
 def _placed(x: Any) -> Any:
     return _Place(x) if isinstance(x, torch.Tensor) else x

@@ -33,6 +33,8 @@ from minilm_fast.ops import reference
 
 pytestmark = ON_GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the largest errors of gradients: in 560 draws of one case they were up to 2.9 times eager's.
+WORST_GRADIENT = 3.0
 
 
 def _to_device(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def _attention(case: attention_cases.Batch) -> None:
     ours, again = run(), run()
     assert all(map(torch.equal, ours, again))
     case.check(*ours[:2])
-    case.check_gradients(grad, *ours[2:])
+    case.check_gradients(grad, *ours[2:], worst=WORST_GRADIENT)
 
 
 @slow_simulated
@@ -77,7 +79,7 @@ def test_attention_small(size: int) -> None:
         case.check(*results)
         wanted = bias is not None
         found = torch.ops.minilm_fast.attention_backward(grad, *arguments[:3], *results, *arguments[3:], wanted)
-        case.check_gradients(grad, *found[: 4 if wanted else 3])
+        case.check_gradients(grad, *found[: 4 if wanted else 3], worst=WORST_GRADIENT)
 
 
 @slow_simulated
