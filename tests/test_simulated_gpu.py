@@ -11,7 +11,8 @@ import pytest
 import test_distill
 import torch
 from kernel_checks import ON_GPU, SLOW
-from simulated_gpu import SimulatedGPU, simulated_gpu
+from simulated_device import SimulatedGPU
+from simulated_gpu import simulated_gpu
 from test_pooled_search import SPECIAL, random_sources
 from torch.nn import functional as F
 from training_files import RUN, arguments, copy_model
